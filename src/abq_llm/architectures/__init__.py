@@ -1,0 +1,24 @@
+"""One small table per model family: which norm or linear feeds which linears. Every method uses the same tables."""
+
+from __future__ import annotations
+
+from abq_llm.architectures.llama import LLAMA, QWEN2
+from abq_llm.architectures.table import Architecture, LinearPair, NormPair, QueryKeyPair, ValueOutputPair
+from abq_llm.errors import AbqError
+
+__all__ = ["Architecture", "LinearPair", "NormPair", "QueryKeyPair", "ValueOutputPair", "architecture_of"]
+
+TABLES: dict[str, Architecture] = {name: table for table in (LLAMA, QWEN2) for name in table.model_types}
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The table for a `config.model_type`.
+
+    Raises:
+        AbqError: there is none.
+    """
+    if model_type not in TABLES:
+        raise AbqError(
+            f"unsupported architecture {model_type!r}; supported: {', '.join(TABLES)} (CONTRIBUTING.md says how to add a table)"
+        )
+    return TABLES[model_type]

@@ -1,0 +1,59 @@
+"""The attention function "abq" for Transformers: SDPA over keys and values quantized per token and head.
+
+Keys are quantized after RoPE, as a cache would hold them. A model is told to use it by `config._attn_implementation = "abq"`; each
+attention module's `kv_format` says how many bits (absent: none). Quantizing twice changes no code, so it does not matter that
+a Transformers cache keeps the values and this function quantizes them on every read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from abq_llm.quantizers import fake_quantize_dynamic
+from abq_llm.scheme import IntFormat
+
+NAME = "abq"
+
+
+def register() -> None:
+    """Make "abq" an attention implementation of Transformers."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """query [B, heads, T, d], key and value [B, kv_heads, S, d] -> [B, T, heads, d]."""
+    fmt: IntFormat | None = getattr(module, "kv_format", None)
+    key, value = fake_quantize_dynamic(key, fmt), fake_quantize_dynamic(value, fmt)
+    if (records := getattr(module, "attention_records", None)) is not None:
+        records.append((query, key))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def set_kv_format(model: nn.Module, fmt: IntFormat | None) -> None:
+    """Quantize the keys and values of every attention module of `model` to `fmt` (None: leave them alone)."""
+    for module in attention_modules(model):
+        module.kv_format = fmt
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that call the attention function: Transformers gives each of them `is_causal` and a layer index."""
+    return [module for module in model.modules() if hasattr(module, "is_causal") and hasattr(module, "layer_idx")]
+
+
+@contextmanager
+def record_attention(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Within, each call of `module` appends its (query, key) as they meet: RoPE'd and quantized."""
+    module.attention_records = []  # type: ignore[assignment]
+    try:
+        yield module.attention_records
+    finally:
+        del module.attention_records

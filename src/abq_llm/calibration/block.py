@@ -1,0 +1,146 @@
+"""`BlockTask`: everything a method may know about the block it quantizes, and the forward passes it may run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from abq_llm.architectures import Architecture
+from abq_llm.attention import record_attention
+from abq_llm.calibration.transforms import Parameters
+from abq_llm.quantizers import fake_quantize_dynamic
+from abq_llm.scheme import Scheme
+
+
+@dataclass
+class BlockTask:
+    """One block to quantize. `block` is fp32 on `device`; the streams are fp32 [samples, tokens, hidden] and may live elsewhere."""
+
+    block: nn.Module
+    index: int
+    count: int
+    architecture: Architecture
+    scheme: Scheme
+    fp_stream: Tensor
+    quantized_stream: Tensor
+    fp_output: Tensor
+    call: dict[str, Any]  # the other arguments of the block's forward
+    device: torch.device
+    storage_dtype: torch.dtype  # of what is not quantized: norms, biases
+    scale_dtype: torch.dtype
+    seed: int
+    batch_size: int
+    autocast: torch.dtype | None
+    report: Callable[[str, float | None], None]
+    block_loss: float | None = field(default=None)
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.block.get_submodule(self.architecture.attention)
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.attention.head_dim)  # type: ignore[arg-type]
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linears to quantize, by their names in the table."""
+        return {name: self.block.get_submodule(name) for name in self.architecture.linears}  # type: ignore[misc]
+
+    def forward(self, hidden: Tensor, parameters: Parameters | None = None, *, quantized: bool) -> Tensor:
+        """hidden [B, T, H] -> [B, T, H], with other parameters if given; `quantized`: activations and KV as in the scheme."""
+        with (
+            quantized_inputs(self.linears, self.attention, self.scheme if quantized else None),
+            torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None),
+        ):
+            out = functional_call(self.block, parameters or {}, (hidden,), self.call)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def forward_stream(self, stream: Tensor, *, quantized: bool) -> Tensor:
+        """The whole stream through the block, batch by batch -> a stream in the same place."""
+        out = torch.empty_like(stream)
+        for batch in range(0, len(stream), self.batch_size):
+            part = slice(batch, batch + self.batch_size)
+            out[part] = self.forward(stream[part].to(self.device), quantized=quantized).float()
+        return out
+
+    @torch.no_grad()
+    def queries_and_keys(self, stream: Tensor, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+        """[samples, heads, tokens, d] and [samples, kv_heads, tokens, d] as they meet in the fp block on `stream`."""
+        pairs = []
+        for batch in range(0, len(stream), self.batch_size):
+            with record_attention(self.attention) as records:
+                self.forward(stream[batch : batch + self.batch_size].to(self.device), quantized=False)
+            pairs.append(tuple(x.to(stream.device, dtype) for x in records[0]))
+        queries, keys = zip(*pairs, strict=True)
+        return torch.cat(queries), torch.cat(keys)
+
+
+@contextmanager
+def quantized_inputs(linears: dict[str, nn.Linear], attention: nn.Module, scheme: Scheme | None) -> Iterator[None]:
+    """Within, every linear sees its input quantized per token, and attention its keys and values (None: as they are)."""
+    if scheme is None:
+        yield
+        return
+    last: list[tuple[Tensor, Tensor]] = []  # q, k and v are given one tensor: quantize it once
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        if not last or last[0][0] is not args[0]:
+            last[:] = [(args[0], fake_quantize_dynamic(args[0], scheme.activation))]
+        return (last[0][1],)
+
+    handles = [linear.register_forward_pre_hook(hook) for linear in linears.values()]
+    attention.kv_format = scheme.kv  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del attention.kv_format
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class InputStatistics:
+    """Per channel of each linear's input, fp32 [K]: the largest |x| (`peak`) and the mean of x^2 (`energy`)."""
+
+    peak: dict[str, Tensor]
+    energy: dict[str, Tensor]
+
+
+@torch.no_grad()
+def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
+    """What the linears of the fp block see on `stream`. Queries and keys, as they meet, count as their linears' ".output"."""
+    peak: dict[str, Tensor] = {}
+    energy: dict[str, Tensor] = {}
+    tokens = 0
+
+    def see(name: str, x: Tensor) -> None:
+        x = x.float().reshape(-1, x.shape[-1])
+        peak[name] = torch.maximum(peak[name], x.abs().amax(0)) if name in peak else x.abs().amax(0)
+        energy[name] = energy.get(name, 0) + x.square().sum(0)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: see(name, args[0])
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in task.linears.items()]
+    try:
+        for batch in range(0, len(stream), task.batch_size):
+            part = stream[batch : batch + task.batch_size].to(task.device)
+            tokens += part.shape[0] * part.shape[1]
+            with record_attention(task.attention) as records:
+                task.forward(part, quantized=False)
+            for pair in task.architecture.pairs:
+                for name, x in zip((getattr(pair, "query", None), getattr(pair, "key", None)), records[0], strict=True):
+                    if name:
+                        see(f"{name}.output", x.transpose(1, 2).flatten(2))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return InputStatistics(peak, {name: total / tokens for name, total in energy.items()})

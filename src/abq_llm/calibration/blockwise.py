@@ -1,0 +1,204 @@
+"""The driver: capture what enters the first block, then quantize block after block along both streams.
+
+After each block its packed result is written to `work_dir`. A later run over the same inputs reuses these files and recomputes the
+streams through them, so an interrupted run ends in the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from abq_llm.architectures import Architecture
+from abq_llm.calibration.block import BlockTask
+from abq_llm.errors import AbqError
+from abq_llm.linear import QuantLinear, buffer_layout
+from abq_llm.methods import Method
+from abq_llm.scheme import Scheme
+
+Progress = Callable[[int, int, float | None, str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to calibrate. `autocast`: None for fp32 arithmetic, or torch.bfloat16."""
+
+    device: torch.device
+    seed: int = 0
+    batch_size: int = 1
+    autocast: torch.dtype | None = None
+    scale_dtype: torch.dtype = torch.float16
+
+
+def quantize_blocks(
+    model: nn.Module,
+    architecture: Architecture,
+    scheme: Scheme,
+    method: Method,
+    tokens: Tensor | None,
+    settings: Calibration,
+    work_dir: Path | None,
+    progress: Progress,
+) -> Iterator[float | None]:
+    """Replace the linears of every block by `QuantLinear`, in place; yields each block's held-out loss (None if not measured).
+
+    tokens: int64 [samples, seqlen], or None for a method that needs no data. One block at a time is fp32 on the device; model and
+    streams stay where they are (the streams on the device if they take less than a quarter of its free memory).
+    """
+    blocks = model.get_submodule(architecture.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    fp_stream, call = capture(model, blocks[0], tokens, settings) if tokens is not None else (None, {})
+    quantized_stream = fp_stream.clone() if fp_stream is not None else None
+    for index, block in enumerate(blocks):
+        storage_dtype = next(block.parameters()).dtype
+        home = next(block.parameters()).device
+        block.to(settings.device, torch.float32)
+
+        def report(message: str, loss: float | None, index: int = index) -> None:
+            progress(index, len(blocks), loss, message)
+
+        task = BlockTask(
+            block=block,
+            index=index,
+            count=len(blocks),
+            architecture=architecture,
+            scheme=scheme,
+            fp_stream=fp_stream,
+            quantized_stream=quantized_stream,
+            fp_output=None,
+            call=call,
+            device=settings.device,
+            storage_dtype=storage_dtype,
+            scale_dtype=settings.scale_dtype,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            autocast=settings.autocast,
+            report=report,
+        )
+        if fp_stream is not None:
+            task.fp_output = task.forward_stream(fp_stream, quantized=False)
+        file = work_dir / f"block_{index:04d}.safetensors" if work_dir else None
+        if file and file.exists():
+            packed = _read_result(file, task)
+            report("resumed", task.block_loss)
+        else:
+            packed = _pack(task, method.quantize_block(task))
+            if file:
+                _write_result(file, task, packed)
+        _install(task, packed)
+        if quantized_stream is not None:
+            fp_stream, quantized_stream = task.fp_output, task.forward_stream(quantized_stream, quantized=True)
+        for name, linear in packed.items():
+            block.set_submodule(name, linear)
+        block.to(home, storage_dtype)
+        report("done", task.block_loss)
+        yield task.block_loss
+
+
+@torch.no_grad()
+def capture(model: nn.Module, first: nn.Module, tokens: Tensor, settings: Calibration) -> tuple[Tensor, dict[str, Any]]:
+    """What enters the first block: hidden states fp32 [samples, seqlen, hidden] and the other arguments of its forward.
+
+    All samples have the same length and no padding, so one sample's mask and positions serve for all.
+    """
+
+    class Captured(Exception):
+        pass
+
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
+        raise Captured
+
+    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+    home = next(model.parameters()).device
+    hidden: list[Tensor] = []
+    try:
+        for sample in tokens:
+            try:
+                model(sample[None].to(home), use_cache=False)
+            except Captured:
+                hidden.append(calls[-1][0].float())
+    finally:
+        handle.remove()
+    size = sum(h.numel() for h in hidden) * 4
+    place = settings.device
+    if place.type == "cuda" and size > torch.cuda.mem_get_info(place)[0] / 16:  # four streams and the teacher's keys
+        place = torch.device("cpu")
+    call = {name: _to(value, settings.device) for name, value in calls[0][1].items()}
+    return torch.cat(hidden).to(place), call
+
+
+def fingerprint(**inputs: object) -> str:
+    """A hash of everything that decides the result, to tell whether partial results belong to this run."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _pack(task: BlockTask, grids: dict[str, Any]) -> dict[str, QuantLinear]:
+    linears = task.linears
+    for name, linear in linears.items():
+        if not linear.weight.isfinite().all() or not grids[name].scale.isfinite().all():
+            raise AbqError(f"block {task.index}: {name} has NaN or infinite values after quantization")
+    packed = {name: QuantLinear.from_linear(linear, grids[name], task.scheme, task.scale_dtype) for name, linear in linears.items()}
+    return {name: linear.to(task.storage_dtype) for name, linear in packed.items()}
+
+
+def _install(task: BlockTask, packed: dict[str, QuantLinear]) -> None:
+    """Make the fp32 block compute what will be stored: packed weights, and everything else rounded to the storage dtype."""
+    for parameter in task.block.parameters():
+        parameter.data = parameter.data.to(task.storage_dtype).float()
+    for name, linear in task.linears.items():
+        linear.weight.data = packed[name].dequantize()
+
+
+def _write_result(file: Path, task: BlockTask, packed: dict[str, QuantLinear]) -> None:
+    tensors = {f"{name}.{key}": value for name, linear in packed.items() for key, value in linear.state_dict().items()}
+    tensors |= {name: value for name, value in task.block.state_dict().items() if name.rpartition(".")[0] not in packed}
+    aside = file.with_suffix(".tmp")
+    try:
+        save_file(tensors, aside, {"loss": json.dumps(task.block_loss)})
+        aside.replace(file)
+    except SafetensorError as error:  # safetensors wraps a full disk into its own error
+        raise OSError(f"cannot write {aside}: {error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _read_result(file: Path, task: BlockTask) -> dict[str, QuantLinear]:
+    """Load a block's stored result: its linears are returned, the rest is written into the block."""
+    from safetensors import safe_open
+
+    try:
+        tensors = load_file(file, device=str(task.device))
+        with safe_open(file, "pt") as handle:
+            task.block_loss = json.loads(handle.metadata()["loss"])
+    except (SafetensorError, KeyError) as error:
+        raise AbqError(f"partial result {file} is damaged ({error}); delete it and resume again") from None
+    packed = {}
+    for name, linear in task.linears.items():
+        n, k = linear.weight.shape
+        packed[name] = QuantLinear(
+            k, n, task.scheme, bias=linear.bias is not None, dtype=task.storage_dtype, scale_dtype=task.scale_dtype, device="meta"
+        )
+        keys = [*buffer_layout(k, n, task.scheme, task.scale_dtype), *(["bias"] if linear.bias is not None else [])]
+        packed[name].load_state_dict({key: tensors.pop(f"{name}.{key}") for key in keys}, assign=True)
+    task.block.load_state_dict(tensors, strict=False)
+    return packed
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(item, device) for item in value)
+    return value

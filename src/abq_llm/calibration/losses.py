@@ -1,0 +1,45 @@
+"""The two losses of ABQ-LLM (AAAI 2025, section 3.2).
+
+    DLC:  -log cos(d_q, d_fp) - log cos(d_q, d*_fp)       d_fp: fp block on the fp stream, d*_fp: fp block on the quantized one
+    AKL:  KL(A_q || A_fp) + KL(A_fp || A_q)               per head and row of the attention map
+
+The published code applies softmax to an already softmaxed, head-averaged map, which leaves the AKL term near zero; here it is taken
+per head, on log-probabilities, and averaged over rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dlc_loss(output: Tensor, *targets: Tensor) -> Tensor:
+    """output and targets [B, T, H] -> scalar: minus the logs of the mean cosine over tokens, summed over targets."""
+    return -sum(F.cosine_similarity(output.float(), target.float(), dim=-1).mean().log() for target in targets)
+
+
+def relative_mse(output: Tensor, target: Tensor) -> Tensor:
+    """output and target [B, T, H] -> scalar: squared error over squared size, per token, averaged."""
+    output, target = output.float(), target.float()
+    return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def akl_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """(query [B, heads, T, d], key [B, kv_heads, T, d]) of both blocks, rows int64 [R] -> scalar.
+
+    Both directions of the KL divergence at once, sum (p - q)(log p - log q), of causal attention maps, averaged over batch,
+    heads and the given rows.
+    """
+    log_q, log_p = attention_log_map(*student, rows), attention_log_map(*teacher, rows)
+    gap = torch.where(log_p.isfinite(), log_q - log_p, 0)
+    return ((log_q.exp() - log_p.exp()) * gap).sum(-1).mean()
+
+
+def attention_log_map(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
+    """-> fp32 [B, heads, R, T]: log-probabilities of the given rows of the causal attention map."""
+    query = query[:, :, rows].float()
+    key = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    future = torch.arange(key.shape[2], device=rows.device) > rows[:, None]
+    return scores.masked_fill(future, float("-inf")).log_softmax(-1)

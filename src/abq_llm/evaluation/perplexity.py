@@ -1,0 +1,127 @@
+"""Perplexity of a model and its divergence from a reference model, on the same windows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from abq_llm.errors import AbqError
+
+ROWS = 256  # positions whose logits exist at the same time: 256 x 128k x 4 bytes = 125 MiB per temporary
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over all predicted tokens.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood; inf where that overflows.
+        kl: mean KL(reference || model) over the full vocabulary, in nats; None without a reference.
+        top1_agreement: share of positions where both models rank the same token first; None without a reference.
+        tokens: number of predicted tokens, seqlen - 1 per window.
+    """
+
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    tokens: int
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    reference: PreTrainedModel | None = None,
+    *,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Predict every token of every window from the tokens before it in the same window.
+
+    Log-probabilities are computed in float32 from the models' logits, for `ROWS` positions at a time, and summed in
+    float64. The two models may be on different devices and of different dtypes; they are compared on the model's.
+
+    Args:
+        tokens: int64 [windows, seqlen], seqlen at least 2.
+        reference: usually the model before quantization; the same vocabulary.
+        batch_size: windows per forward pass.
+        progress: called after each batch with (windows done, windows in total).
+
+    Raises:
+        AbqError: `tokens` has another shape or dtype, the vocabularies differ, or a figure is not finite.
+    """
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise AbqError(f"tokens are {tokens.dtype} {list(tokens.shape)}, expected int64 [windows >= 1, seqlen >= 2]")
+    if batch_size < 1:
+        raise AbqError(f"batch_size is {batch_size}, it must be at least 1")
+    models = [model] if reference is None else [model, reference]
+    separate_head = [_has_separate_head(each, tokens) for each in models]
+
+    nll = kl = torch.zeros((), dtype=torch.float64, device=model.device)
+    agreed, windows, done = 0, len(tokens), 0
+    for batch in tokens.split(batch_size):
+        window = torch.arange(done, done + len(batch)).repeat_interleave(batch.shape[1] - 1).split(ROWS)
+        target = batch[:, 1:].flatten().to(model.device).split(ROWS)
+        streams = [_logits(each, batch, apart) for each, apart in zip(models, separate_head, strict=True)]
+        for rows, ids, (logits, *expected) in zip(window, target, zip(*streams, strict=True), strict=True):
+            log_q = logits.float().log_softmax(-1)
+            row_nll = -log_q.gather(1, ids[:, None])[:, 0]
+            nll = nll + _finite_sum(row_nll, rows, "negative log-likelihood")
+            if expected:
+                row_kl, same = _divergence(expected[0].to(model.device), log_q)
+                kl = kl + _finite_sum(row_kl, rows, "KL divergence from the reference")
+                agreed += int(same.sum())
+        done += len(batch)
+        if progress is not None:
+            progress(done, windows)
+
+    count = windows * (tokens.shape[1] - 1)
+    perplexity = float((nll / count).exp())
+    if reference is None:
+        return Evaluation(perplexity, None, None, count)
+    return Evaluation(perplexity, float(kl / count), agreed / count, count)
+
+
+def _logits(model: PreTrainedModel, batch: torch.Tensor, separate_head: bool) -> Iterator[torch.Tensor]:
+    """Logits of all positions but the last of each window: chunks of at most [ROWS, vocabulary]."""
+    inputs = {"input_ids": batch.to(model.device), "use_cache": False}
+    if separate_head:
+        head = model.get_output_embeddings()
+        hidden = model.base_model(**inputs)[0][:, :-1].flatten(0, 1)
+        return (head(rows) for rows in hidden.split(ROWS))
+    return iter(model(**inputs).logits[:, :-1].flatten(0, 1).split(ROWS))
+
+
+def _has_separate_head(model: PreTrainedModel, tokens: torch.Tensor) -> bool:
+    """Whether logits are exactly the output embedding of the last hidden states, so that it can be applied in chunks.
+
+    Not so where logits are scaled or capped afterwards (Gemma 2, Cohere, Granite ...); tried out on a few tokens
+    rather than looked up, so that it holds for every architecture.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return False
+    inputs = {"input_ids": tokens[:1, :8].to(model.device), "use_cache": False}
+    hidden = model.base_model(**inputs)[0]
+    return torch.equal(head(hidden), model(**inputs).logits)
+
+
+def _divergence(reference_logits: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(reference || model) in nats, float32 [rows], and whether both rank the same token first, bool [rows]."""
+    if reference_logits.shape != log_q.shape:
+        sizes = log_q.shape[-1], reference_logits.shape[-1]
+        raise AbqError(f"the model has a vocabulary of {sizes[0]}, the reference of {sizes[1]}: nothing to compare")
+    log_p = reference_logits.float().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return kl, log_p.argmax(-1) == log_q.argmax(-1)
+
+
+def _finite_sum(values: torch.Tensor, windows: torch.Tensor, what: str) -> torch.Tensor:
+    """float64 sum of `values` [rows]; `windows` int64 [rows] says to which window a row belongs."""
+    finite = values.isfinite().cpu()
+    if not finite.all():
+        raise AbqError(f"the {what} is not finite in window {int(windows[~finite][0])}")
+    return values.double().sum()

@@ -1,0 +1,147 @@
+"""`quantize(model, scheme, method, calibration)`: the main path on one screen."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from abq_llm import attention
+from abq_llm.architectures import architecture_of
+from abq_llm.calibration.blockwise import Calibration, Progress, fingerprint, quantize_blocks
+from abq_llm.data import TokenSet
+from abq_llm.errors import AbqError
+from abq_llm.linear import QuantLinear
+from abq_llm.methods import Method, method_by_name
+from abq_llm.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a quantization did and cost. `block_losses` are held-out losses, None where a method measures none."""
+
+    scheme: str
+    method: str
+    seconds: float
+    peak_memory_bytes: int
+    bits_per_weight: float
+    block_losses: list[float | None]
+    provenance: dict[str, Any] = field(repr=False)
+
+
+def quantize(
+    model: nn.Module,
+    scheme: Scheme | str,
+    method: Method | str = "abq",
+    calibration: TokenSet | None = None,
+    *,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    batch_size: int = 1,
+    epochs: int | None = None,
+    autocast: torch.dtype | None = None,
+    work_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a Transformers model in place: the linears of its decoder blocks become `QuantLinear`.
+
+    Args:
+        model: a causal language model of a supported architecture, fp32, fp16 or bf16, on any device.
+        scheme: "W4A8g128" or a `Scheme`.
+        method: a name in `methods.METHODS` or a method with its options.
+        calibration: tokens, from `data.calibration_tokens`; a method that learns nothing needs none.
+        device: where one block at a time is calibrated; "auto" is the first GPU or else the CPU.
+        epochs: shorthand for the method's option of that name.
+        autocast: torch.bfloat16 for mixed precision, None for fp32.
+        work_dir: where finished blocks are kept; complete ones found there are reused.
+        progress: called with (block, blocks, loss or None, message).
+
+    Raises:
+        AbqError: an unsupported architecture, an impossible scheme, a weight that is not finite, missing calibration, or partial
+            results of another run in `work_dir`.
+    """
+    started = time.monotonic()
+    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    if isinstance(method, str):
+        method = method_by_name(method)
+    if epochs is not None and hasattr(method, "epochs"):
+        method = method_by_name(method.name, **{**asdict(method), "epochs": epochs})  # type: ignore[call-overload]
+    architecture = architecture_of(model.config.model_type)
+    if scheme.weight is None:
+        raise AbqError(f"scheme {scheme}: W16 leaves nothing to pack; choose W1..W8")
+    if method.needs_data and calibration is None:
+        raise AbqError(f"method {method.name!r} learns from data: give it calibration tokens")
+    _check_finite(model, architecture.blocks)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    settings = Calibration(device=place, seed=seed, batch_size=batch_size, autocast=autocast)
+    provenance = {
+        "method": method.name,
+        "options": asdict(method),  # type: ignore[call-overload]
+        "calibration": calibration and {"name": calibration.name, "shape": list(calibration.tokens.shape), "sha256": calibration.sha256},
+        "seed": seed,
+        "batch_size": batch_size,
+        "autocast": str(autocast).removeprefix("torch.") if autocast else None,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if work_dir is not None:
+        _claim(work_dir, fingerprint(scheme=str(scheme), config=model.config.to_json_string(), **provenance))
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place)
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    tokens = calibration.tokens if method.needs_data and calibration else None
+    losses = list(
+        quantize_blocks(model, architecture, scheme, method, tokens, settings, work_dir, progress or (lambda *_: None))
+    )
+    attention.set_kv_format(model, scheme.kv)
+    return Report(
+        scheme=str(scheme),
+        method=method.name,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=_peak_memory(place),
+        bits_per_weight=bits_per_weight(model),
+        block_losses=losses,
+        provenance=provenance,
+    )
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Stored bits of all quantized weights, with scales, zero points and padding, over their number."""
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    bits = sum(tensor.numel() * tensor.element_size() * 8 for linear in linears for tensor in linear.packed_weight())
+    return bits / sum(linear.in_features * linear.out_features for linear in linears)
+
+
+def _check_finite(model: nn.Module, blocks: str) -> None:
+    for name, parameter in model.get_submodule(blocks).named_parameters():
+        if not parameter.isfinite().all():
+            bad = parameter[~parameter.isfinite()]
+            raise AbqError(f"{blocks}.{name} holds {bad.numel()} values that are not finite, the first is {bad[0].item()}")
+
+
+def _claim(work_dir: Path, run: str) -> None:
+    """Mark `work_dir` as this run's, or make sure that it already is."""
+    mark = work_dir / "run.json"
+    work_dir.mkdir(parents=True, exist_ok=True)
+    if not mark.exists():
+        aside = mark.with_suffix(".tmp")
+        aside.write_text(json.dumps({"fingerprint": run}))
+        aside.replace(mark)
+    elif json.loads(mark.read_text())["fingerprint"] != run:
+        raise AbqError(f"{work_dir} holds partial results of another scheme, method, calibration or seed; delete it to start anew")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the device for a GPU, of this process's resident memory for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
