@@ -3,8 +3,8 @@
     config.json          "quantization_config" as in `QuantizationConfig`, and "attn_implementation": "abq"
     model*.safetensors   <linear>.weight_packed, .weight_scale, .weight_zero_point, .bias (see `linear.QuantLinear`)
 
-An unknown `quant_method` only makes Transformers warn before it fills the model with random weights. An unknown attention
-implementation makes it stop: that is why config.json names ours even where the cache is not quantized.
+An unknown `quant_method` only makes Transformers warn before it fills the model with random weights. An unknown
+attention implementation makes it stop: that is why config.json names ours even where the cache is not quantized.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,7 +72,7 @@ class QuantizationConfig:
         if type(version) is not int or version < 1:
             raise AbqError(f"{where}: format_version is {version!r}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
-            raise AbqError(f"{where}: format_version {version} is newer than {FORMAT_VERSION}, update abq-llm to read it")
+            raise AbqError(f"{where}: format_version {version} is newer than {FORMAT_VERSION}: update abq-llm")
         defaults = {**cls(Scheme(None, None)).to_dict(), "scheme": None}
         for key in values:
             if key not in defaults:
@@ -84,8 +84,10 @@ class QuantizationConfig:
                 raise AbqError(f"{where}: {key} is {values[key]!r}, expected {kind.__name__}")
         if not all(isinstance(name, str) for name in values["modules_to_not_convert"]):
             raise AbqError(f"{where}: modules_to_not_convert holds something that is not a string")
-        if values["scale_dtype"] not in SCALE_DTYPES:
-            raise AbqError(f"{where}: scale_dtype is {values['scale_dtype']!r}, expected one of {', '.join(SCALE_DTYPES)}")
+        scale_dtype = SCALE_DTYPES.get(values["scale_dtype"])
+        if scale_dtype is None:
+            known = ", ".join(SCALE_DTYPES)
+            raise AbqError(f"{where}: scale_dtype is {values['scale_dtype']!r}, expected one of {known}")
         symmetry = {key: values[key] for key in ("weight_symmetric", "activation_symmetric")}
         try:
             scheme = Scheme.parse(values["scheme"], **symmetry)
@@ -94,7 +96,7 @@ class QuantizationConfig:
         if scheme.weight is None:
             raise AbqError(f"{where}: scheme {values['scheme']!r} has no quantized weights to pack")
         names = tuple(values["modules_to_not_convert"])
-        return cls(scheme, SCALE_DTYPES[values["scale_dtype"]], names, values["provenance"])
+        return cls(scheme, scale_dtype, names, values["provenance"])
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object; `from_dict` of it is equal to self."""
@@ -153,7 +155,7 @@ def save(
 ) -> None:
     """Write a model with `QuantLinear` modules as a packed checkpoint: all of it, or nothing.
 
-    The files are written to a folder beside `directory`, which is then renamed; on any exception that folder is removed.
+    The files are written to a folder beside `directory`, which is then renamed, or removed after any exception.
     `model.config` gains the quantization config that was written.
 
     Args:
@@ -222,8 +224,6 @@ def load(
     Raises:
         AbqError: see `validate`; or `backend` is unknown or cannot run on `device`.
     """
-    import abq_llm.integrations.transformers  # noqa: F401  (registers the loader with Transformers)
-
     directory = Path(directory)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kernels.choose_backend(backend, device)
@@ -265,8 +265,8 @@ def validate(directory: str | Path) -> PreTrainedModel:
         The model on the meta device, its quantized linears in place.
 
     Raises:
-        AbqError: not a checkpoint of ours, of a newer version, incomplete or inconsistent; names the file, and the tensor
-            and both shapes where there are any.
+        AbqError: not a checkpoint of ours, of a newer version, incomplete or inconsistent; names the file, and the
+            tensor and both shapes where there are any.
     """
     directory = Path(directory)
     config = read_config(directory)

@@ -101,8 +101,9 @@ def evaluation_tokens(
     """Cut a text into consecutive windows of `seqlen` tokens, the first `limit` of them; a last short one is dropped.
 
     Sources are those of `calibration_tokens`, on held-out parts: the test split of WikiText-2; the first 1100
-    documents of C4's validation split joined by spaces (GPTQ's "c4-new"); and, for "self", `limit` (16 if None)
-    texts from a random stream that no calibration seed has. `seed` matters for "self" only. Tokenization is as in `calibration_tokens`.
+    documents of C4's validation split joined by spaces (GPTQ's "c4-new"); and, for "self", `limit` texts (16 if None)
+    from a random stream that no calibration seed has. `seed` matters for "self" only. Tokenization is as in
+    `calibration_tokens`.
 
     Raises:
         AbqError: as `calibration_tokens`.

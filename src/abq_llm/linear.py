@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,15 @@ from abq_llm.scheme import Scheme
 class QuantLinear(nn.Module):
     """A linear layer [out_features, in_features] in the layout of docs/checkpoint-format.md.
 
-    Buffers: weight_packed int32 [planes, N, ceil(K/32)], weight_scale [N, groups], weight_zero_point uint8 [N, groups] (absent
-    on balanced and symmetric grids), bias [N] (absent without bias). Built empty, on any device, for a loader to fill.
+    Buffers: weight_packed int32 [planes, N, ceil(K/32)], weight_scale [N, groups], weight_zero_point uint8 [N, groups]
+    (absent on balanced and symmetric grids), bias [N] (absent without bias). Built empty, on any device, for a loader
+    to fill.
     """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -45,12 +52,11 @@ class QuantLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, qparams: QParams, scheme: Scheme, scale_dtype: torch.dtype = torch.float16
     ) -> QuantLinear:
-        """Pack linear.weight [N, K] on the grid of `qparams` ([N, groups, 1]); the scales must be exact in `scale_dtype`."""
+        """Pack linear.weight [N, K] on the grid of `qparams` [N, groups, 1]; its scales are exact in `scale_dtype`."""
         assert scheme.weight is not None and scheme.planes is not None
         n, k = linear.weight.shape
-        packed = cls(
-            k, n, scheme, bias=linear.bias is not None, dtype=linear.weight.dtype, scale_dtype=scale_dtype, device="meta"
-        )
+        bias, dtype = linear.bias is not None, linear.weight.dtype
+        packed = cls(k, n, scheme, bias=bias, dtype=dtype, scale_dtype=scale_dtype, device="meta")
         codes = from_groups(quantize(to_groups(linear.weight.detach(), scheme.group_size), qparams, scheme.weight), k)
         packed.weight_packed = pack_planes(codes, scheme.planes)
         packed.weight_scale = qparams.scale[..., 0].to(scale_dtype)
@@ -99,6 +105,11 @@ class QuantLinear(nn.Module):
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module`, which copies into the buffers in place: what was prepared from them is stale."""
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, scheme={self.scheme}, bias={self.bias is not None}"

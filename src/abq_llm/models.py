@@ -51,11 +51,12 @@ def load_model(
 
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **({"gguf_file": path.name} if gguf else {}))
     except Exception as error:  # every reader below raises its own types: OSError, SafetensorError, KeyError ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise AbqError(f"{name}: cannot be loaded as a model: {reason}") from error
+    model, info = loaded
     if info["missing_keys"]:  # Transformers only warns, and fills them with random numbers
         missing = sorted(info["missing_keys"])
         raise AbqError(f"{name}: {len(missing)} weights are missing from the checkpoint, the first is {missing[0]!r}")

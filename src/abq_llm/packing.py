@@ -29,8 +29,10 @@ def pack_planes(codes: Tensor, planes: int) -> Tensor:
     Raises:
         ValueError: a code is out of range.
     """
-    if codes.numel() and (codes.min() < 0 or codes.max() >= 2**planes):
-        raise ValueError(f"codes in {codes.min().item()}..{codes.max().item()} do not fit {planes} bit-planes")
+    if codes.numel():
+        low, high = (int(end) for end in codes.aminmax())  # as Python integers: 2^8 is 0 in uint8
+        if low < 0 or high >= 2**planes:
+            raise ValueError(f"codes in {low}..{high} do not fit {planes} bit-planes")
     n, k = codes.shape
     codes = torch.nn.functional.pad(codes.to(torch.int16), (0, -k % 32)).view(n, -1, 8)
     place = 1 << torch.arange(8, dtype=torch.int16, device=codes.device)

@@ -17,9 +17,9 @@ from torch import nn
 from abq_llm import attention
 from abq_llm.architectures import architecture_of
 from abq_llm.calibration.blockwise import Calibration, Progress, fingerprint, quantize_blocks
+from abq_llm.checkpoint import packed_size
 from abq_llm.data import TokenSet
 from abq_llm.errors import AbqError
-from abq_llm.linear import QuantLinear
 from abq_llm.methods import Method, method_by_name
 from abq_llm.scheme import Scheme
 
@@ -107,17 +107,10 @@ def quantize(
         method=method.name,
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory(place),
-        bits_per_weight=bits_per_weight(model),
+        bits_per_weight=packed_size(model).bits_per_weight,
         block_losses=losses,
         provenance=provenance,
     )
-
-
-def bits_per_weight(model: nn.Module) -> float:
-    """Stored bits of all quantized weights, with scales, zero points and padding, over their number."""
-    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    bits = sum(tensor.numel() * tensor.element_size() * 8 for linear in linears for tensor in linear.packed_weight())
-    return bits / sum(linear.in_features * linear.out_features for linear in linears)
 
 
 def _check_finite(model: nn.Module, blocks: str) -> None:

@@ -40,18 +40,18 @@ def choose_qparams(
     clip_lo: Tensor | float = 1.0,
     scale_dtype: torch.dtype = torch.float32,
 ) -> QParams:
-    """Min-max parameters over the last dimension of x [..., K], each end multiplied by its clip factor ([..., 1] or number).
+    """Min-max parameters over the last dimension of x [..., K], each end times its clip factor ([..., 1] or number).
 
     The scale is rounded to `scale_dtype` before the zero point is chosen, so that what is stored is what was used.
     """
     x = x.float()
-    lo, hi = torch.aminmax(x, dim=-1, keepdim=True)
-    hi, lo = hi.clamp_min(0) * clip_hi, lo.clamp_max(0) * clip_lo
+    hi = x.amax(-1, keepdim=True).clamp_min(0) * clip_hi
+    lo = x.amin(-1, keepdim=True).clamp_max(0) * clip_lo
     fixed = fmt.fixed_zero_point
     if fixed is not None:
-        scale = storable_scale(torch.maximum(hi, -lo) / max(fmt.qmax - fixed, 1), scale_dtype)
+        scale = storable_scale(_divide(torch.maximum(hi, -lo), max(fmt.qmax - fixed, 1)), scale_dtype)
         return QParams(scale, torch.full_like(scale, fixed))
-    scale = storable_scale((hi - lo) / fmt.qmax, scale_dtype)
+    scale = storable_scale(_divide(hi - lo, fmt.qmax), scale_dtype)
     return QParams(scale, _round(-lo * (1 / scale)).clamp(0, fmt.qmax))
 
 
@@ -72,20 +72,21 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
 
 
 def fake_quantize(x: Tensor, qparams: QParams, fmt: IntFormat) -> Tensor:
-    """quantize then dequantize, fp32, differentiable in x, scale and zero point (each straight through the rounding)."""
-    return _FakeQuantize.apply(x.float(), qparams.scale, qparams.zero_point, fmt)  # type: ignore[no-any-return]
+    """quantize then dequantize, fp32, differentiable in x, scale and zero point (straight through the rounding)."""
+    y: Tensor = _FakeQuantize.apply(x.float(), qparams.scale, qparams.zero_point, fmt)  # type: ignore[no-untyped-call]
+    return y
 
 
 def fake_quantize_dynamic(x: Tensor, fmt: IntFormat | None) -> Tensor:
     """Per-token quantization of x [..., K] with its own range, in the dtype of x. None leaves x alone."""
-    return x if fmt is None else fake_quantize(x, choose_qparams(x, fmt), fmt).to(x.dtype)
+    return x if fmt is None else _FakeQuantizeDynamic.apply(x, fmt)  # type: ignore[no-any-return]
 
 
 def to_groups(weight: Tensor, group_size: int | None) -> Tensor:
     """[N, K] -> [N, groups, size]. A short last group is filled with zeros, which no min-max range notices."""
     n, k = weight.shape
     size = min(group_size or k, k)
-    return torch.nn.functional.pad(weight, (0, -k % size)).view(n, -1, size)
+    return (torch.nn.functional.pad(weight, (0, -k % size)) if k % size else weight).reshape(n, -1, size)
 
 
 def from_groups(grouped: Tensor, in_features: int) -> Tensor:
@@ -95,6 +96,11 @@ def from_groups(grouped: Tensor, in_features: int) -> Tensor:
 
 def _codes(x: Tensor, qparams: QParams, fmt: IntFormat) -> Tensor:
     return ((x.float() * (1 / qparams.scale)).round_().add_(qparams.zero_point)).clamp_(0, fmt.qmax)
+
+
+def _divide(x: Tensor, divisor: int) -> Tensor:
+    """x / divisor, one IEEE division on every device: by a Python number, CUDA multiplies by its reciprocal instead."""
+    return x / torch.full_like(x, divisor)
 
 
 def _round(x: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, y, scale, inside = ctx.saved_tensors
         grad_x = grad * inside
         grad_scale = grad_zero_point = None
@@ -127,3 +133,31 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_zero_point = (grad_x - grad).sum(-1, keepdim=True) * scale
         return grad_x, grad_scale, grad_zero_point, None
+
+
+class _FakeQuantizeDynamic(torch.autograd.Function):
+    """`fake_quantize` on the range of x itself, where nothing is clamped: dy/dx = 1, dy/ds = (q - z) - x / s.
+
+    The gradient of s goes to the largest and the smallest value of the token, from which s was made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: IntFormat) -> Tensor:
+        qparams = choose_qparams(x, fmt)
+        y = dequantize(_codes(x, qparams, fmt), qparams).to(x.dtype)
+        ctx.save_for_backward(x, y, qparams.scale)
+        ctx.fmt = fmt
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, y, scale = ctx.saved_tensors
+        fmt, fixed = ctx.fmt, ctx.fmt.fixed_zero_point
+        grad_scale = (grad * (y - x)).sum(-1, keepdim=True) / scale
+        (hi, at_hi), (lo, at_lo) = x.max(-1, keepdim=True), x.min(-1, keepdim=True)
+        if fixed is None:
+            to_hi, to_lo = grad_scale / fmt.qmax * (hi > 0), grad_scale / -fmt.qmax * (lo < 0)
+        else:
+            share = grad_scale / max(fmt.qmax - fixed, 1)
+            to_hi, to_lo = share * (hi >= -lo) * (hi > 0), -share * (hi < -lo)
+        return grad.scatter_add(-1, at_hi, to_hi.to(grad.dtype)).scatter_add_(-1, at_lo, to_lo.to(grad.dtype)), None

@@ -2,9 +2,10 @@
 
     W<p>[*]A<q>[KV<r>][g<size>]      p, q, r in 1..8 or 16 (16: stays floating point)
 
-``*`` is bit balance (ABQ-LLM, section "bit balance"): 2^p + 1 levels, symmetric about zero. W2* is {-2, -1, 0, 1, 2}: five
-levels, so three bit-planes in memory. ``g<size>`` groups the weights along the input dimension; a group size that does not
-divide it leaves a short last group. Without ``KV`` the cache stays floating point, without ``g`` the scales are per channel.
+``*`` is bit balance (ABQ-LLM, section "bit balance"): 2^p + 1 levels, symmetric about zero. W2* is {-2, -1, 0, 1, 2}:
+five levels, so three bit-planes in memory. ``g<size>`` groups the weights along the input dimension; a group size that
+does not divide it leaves a short last group. Without ``KV`` the cache stays floating point, without ``g`` the scales
+are per channel.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class IntFormat:
     @property
     def levels(self) -> int:
         """How many values a code can take: 2^bits, one more if balanced."""
-        return 2**self.bits + self.balanced
+        return (1 << self.bits) + self.balanced
 
     @property
     def qmax(self) -> int:
@@ -52,8 +53,8 @@ class IntFormat:
 class Scheme:
     """What is quantized, and to how many bits. None stands for 16: that operand stays floating point.
 
-    `weight_symmetric` and `activation_symmetric` live in the formats (`weight.symmetric`, `activation.symmetric`) and in
-    config.json, not in the string.
+    `weight_symmetric` and `activation_symmetric` live in the formats (`weight.symmetric`, `activation.symmetric`) and
+    in config.json, not in the string.
     """
 
     weight: IntFormat | None
@@ -125,7 +126,7 @@ def _parse(text: str, weight_symmetric: bool, activation_symmetric: bool) -> Sch
                 raise fail(f"expected {prefix!r}")
             return None
         position += len(prefix)
-        digits = re.compile(r"[1-9][0-9]*", re.ASCII).match(text, position)
+        digits = re.compile(r"[1-9][0-9]{0,8}").match(text, position)
         if digits is None:
             raise fail(f"expected a number after {prefix!r}")
         value = int(digits.group())
@@ -149,7 +150,7 @@ def _parse(text: str, weight_symmetric: bool, activation_symmetric: bool) -> Sch
     assert weight_bits is not None and act_bits is not None
 
     def fmt(bits: int | None) -> IntFormat | None:
-        return None if bits in (None, 16) else IntFormat(bits)  # type: ignore[arg-type]
+        return None if bits is None or bits == 16 else IntFormat(bits)
 
     weight, activation = fmt(weight_bits), fmt(act_bits)
     if weight is not None:

@@ -57,17 +57,23 @@ class BlockTask:
         """hidden [B, T, H] -> [B, T, H], with other parameters if given; `quantized`: activations and KV as in the scheme."""
         with (
             quantized_inputs(self.linears, self.attention, self.scheme if quantized else None),
-            torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None),
+            torch.autocast(
+                self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None, cache_enabled=False
+            ),
         ):
             out = functional_call(self.block, parameters or {}, (hidden,), self.call)
         return out[0] if isinstance(out, tuple) else out
+
+    def batches(self, stream: Tensor) -> Iterator[slice]:
+        """Slices of a stream for passes without gradients: as many samples at a time as make 16k tokens."""
+        size = max(self.batch_size, 2**14 // stream.shape[1])
+        return (slice(start, start + size) for start in range(0, len(stream), size))
 
     @torch.no_grad()
     def forward_stream(self, stream: Tensor, *, quantized: bool) -> Tensor:
         """The whole stream through the block, batch by batch -> a stream in the same place."""
         out = torch.empty_like(stream)
-        for batch in range(0, len(stream), self.batch_size):
-            part = slice(batch, batch + self.batch_size)
+        for part in self.batches(stream):
             out[part] = self.forward(stream[part].to(self.device), quantized=quantized).float()
         return out
 
@@ -75,9 +81,9 @@ class BlockTask:
     def queries_and_keys(self, stream: Tensor, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
         """[samples, heads, tokens, d] and [samples, kv_heads, tokens, d] as they meet in the fp block on `stream`."""
         pairs = []
-        for batch in range(0, len(stream), self.batch_size):
+        for part in self.batches(stream):
             with record_attention(self.attention) as records:
-                self.forward(stream[batch : batch + self.batch_size].to(self.device), quantized=False)
+                self.forward(stream[part].to(self.device), quantized=False)
             pairs.append(tuple(x.to(stream.device, dtype) for x in records[0]))
         queries, keys = zip(*pairs, strict=True)
         return torch.cat(queries), torch.cat(keys)
@@ -131,11 +137,11 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
 
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in task.linears.items()]
     try:
-        for batch in range(0, len(stream), task.batch_size):
-            part = stream[batch : batch + task.batch_size].to(task.device)
-            tokens += part.shape[0] * part.shape[1]
+        for part in task.batches(stream):
+            hidden = stream[part].to(task.device)
+            tokens += hidden.shape[0] * hidden.shape[1]
             with record_attention(task.attention) as records:
-                task.forward(part, quantized=False)
+                task.forward(hidden, quantized=False)
             for pair in task.architecture.pairs:
                 for name, x in zip((getattr(pair, "query", None), getattr(pair, "key", None)), records[0], strict=True):
                     if name:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Batch = tuple[Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Group:
@@ -19,7 +21,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Held-out loss before training and of the state that was kept; whether a loss or gradient was not finite on the way."""
+    """Held-out loss before training and of the state that was kept; whether a loss was not finite on the way."""
 
     before: float
     after: float
@@ -28,7 +30,8 @@ class Outcome:
 
 def reconstruct(
     groups: Sequence[Group],
-    loss: Callable[[Tensor], Tensor],
+    fetch: Callable[[Tensor, bool], Batch],
+    loss: Callable[..., Tensor],
     *,
     training: Tensor,
     held_out: Tensor,
@@ -37,43 +40,99 @@ def reconstruct(
     generator: torch.Generator,
     report: Callable[[int, float], None],
 ) -> Outcome:
-    """Minimise `loss(sample indices)` over `training`; leave the tensors at the epoch that was best on `held_out`.
+    """Minimise `loss(*fetch(samples, True))` over `training`; leave the tensors as after the epoch best on `held_out`.
 
-    An epoch that meets a loss or gradient which is not finite ends the training at the best state so far.
+    Args:
+        fetch: (sample indices int64 [batch], whether for training) -> tensors on the device, of the same shapes each time.
+        loss: those tensors -> scalar. On a GPU it is captured into a CUDA graph: it must not look at values.
+        training, held_out: sample indices, int64. A last short batch of a shuffled epoch is left out.
+        report: called with (epoch, held-out loss).
+
+    A held-out loss that is not finite ends the training; the best state so far is kept.
     """
     tensors = [tensor for group in groups for tensor in group.tensors]
-    best_loss = before = _evaluate(loss, held_out, batch_size)
+    device = fetch(held_out[:1], False)[0].device
+    evaluate = _graphed(torch.no_grad()(loss), device)
+
+    def held_out_loss() -> float:
+        batches = held_out.split(batch_size)
+        losses = [float(evaluate(*fetch(batch, False))) * len(batch) for batch in batches]
+        return sum(losses) / len(held_out)
+
+    best_loss = before = held_out_loss()
+    if not tensors or not epochs or not _finite(before):
+        return Outcome(before, before, not _finite(before))
     best_state = [tensor.detach().clone() for tensor in tensors]
-    diverged = not _finite(before)
-    if tensors and epochs and not diverged:
-        optimizer = torch.optim.AdamW(
-            [{"params": list(g.tensors), "lr": g.lr} for g in groups if g.tensors], weight_decay=0.0, fused=True
-        )
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        for epoch in range(epochs):
-            for batch in training[torch.randperm(len(training), generator=generator)].split(batch_size):
-                optimizer.zero_grad()
-                loss(batch).backward()
-                optimizer.step()
-            epoch_loss = _evaluate(loss, held_out, batch_size)
-            report(epoch, epoch_loss)
-            if not _finite(epoch_loss):
-                diverged = True
-                break
-            if epoch_loss < best_loss:
-                best_loss = epoch_loss
-                best_state = [tensor.detach().clone() for tensor in tensors]
-        for tensor, best in zip(tensors, best_state, strict=True):
-            tensor.requires_grad_(False)
-            tensor.copy_(best)
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.tensors), "lr": group.lr} for group in groups if group.tensors],
+        weight_decay=0.0,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+
+    def train(*batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        value = loss(*batch)
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    step, diverged = _graphed(train, device), False
+    for epoch in range(epochs):
+        for batch in training[torch.randperm(len(training), generator=generator)].split(batch_size):
+            if len(batch) == min(batch_size, len(training)):
+                step(*fetch(batch, True))
+        epoch_loss = held_out_loss()
+        report(epoch, epoch_loss)
+        if not _finite(epoch_loss):
+            diverged = True
+            break
+        if epoch_loss < best_loss:
+            best_loss = epoch_loss
+            best_state = [tensor.detach().clone() for tensor in tensors]
+    for tensor, best in zip(tensors, best_state, strict=True):
+        tensor.requires_grad_(False)
+        tensor.grad = None
+        tensor.copy_(best)
     return Outcome(before, best_loss, diverged)
 
 
-@torch.no_grad()
-def _evaluate(loss: Callable[[Tensor], Tensor], samples: Tensor, batch_size: int) -> float:
-    batches = samples.split(batch_size)
-    return float(sum(loss(batch) * len(batch) for batch in batches) / len(samples))
+def _graphed(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """On a GPU, run `function` from a CUDA graph once it has been called three times with the same shapes.
+
+    One block's step is some 700 small kernels; launched one by one they leave the GPU idle most of the time. Other shapes
+    run eagerly. The result is overwritten by the next call.
+    """
+    if device.type != "cuda":
+        return function
+    calls: dict[tuple[torch.Size, ...], int] = {}
+    graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
+
+    def call(*batch: Tensor) -> Tensor:
+        shapes = tuple(tensor.shape for tensor in batch)
+        calls[shapes] = calls.get(shapes, 0) + 1
+        if calls[shapes] <= 3:  # warm up on a side stream, as capturing wants it
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                value = function(*batch)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            return value
+        if shapes not in graphs:
+            static = tuple(tensor.clone() for tensor in batch)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                value = function(*static)
+            graphs[shapes] = graph, static, value
+        graph, static, value = graphs[shapes]
+        for to, tensor in zip(static, batch, strict=True):
+            to.copy_(tensor)
+        graph.replay()
+        return value
+
+    return call
 
 
 def _finite(loss: float) -> bool:

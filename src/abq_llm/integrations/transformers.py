@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -33,7 +33,7 @@ class AbqConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **values: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.parsed = QuantizationConfig.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,10 +44,20 @@ class AbqConfig(QuantizationConfigMixin):
 
 
 class AbqQuantizer(HfQuantizer):
-    """Puts empty `QuantLinear` modules into the model on meta, checks the files, and lets Transformers stream them in."""
+    """Puts empty `QuantLinear` modules into a model on meta and checks the files that Transformers is about to read."""
 
     requires_calibration = True
     quantization_config: AbqConfig
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Leave attention alone where "abq" would break it: models with their own (Falcon), or beyond SDPA."""
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        able = model_class is None or (model_class._can_set_attn_implementation() and model_class._supports_sdpa)
+        if config._attn_implementation == attention.NAME and not able:
+            config._attn_implementation = None
+        return config
+
+    update_tp_plan = update_attn_implementation  # the one hook of Transformers 5.17 that is given the config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any

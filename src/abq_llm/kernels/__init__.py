@@ -1,7 +1,7 @@
 """The op `abq_llm::linear`, its fake, and the choice of the backend that computes it.
 
-A backend turns the canonical packed weight into its own layout once (`prepare`) and multiplies by it (`linear`). All backends
-compute the same integers (docs/architecture.md, "The integer contract"); `reference` is the definition.
+A backend turns the canonical packed weight into its own layout once (`prepare`) and multiplies by it (`linear`). All
+backends compute the same integers (docs/architecture.md, "The integer contract"); `reference` is the definition.
 """
 
 from __future__ import annotations

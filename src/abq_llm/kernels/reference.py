@@ -16,7 +16,8 @@ from abq_llm.packing import unpack_planes
 from abq_llm.quantizers import QParams, choose_qparams, dequantize, from_groups, quantize, to_groups
 from abq_llm.scheme import IntFormat, Scheme
 
-TOKENS = 256  # rows of x at a time: bounds the int32 products to 256 x N and keeps them in cache
+TOKENS = {"cpu": 256}  # rows of x at a time: bounds the int32 products, and keeps them in a CPU's cache
+TOKENS_ELSEWHERE = 4096
 
 
 def available(device: torch.device) -> str | None:
@@ -29,8 +30,10 @@ def prepare(weight: list[Tensor], scheme: Scheme, in_features: int) -> list[Tens
 
 def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, scheme: Scheme) -> Tensor:
     """x [M, K], weight [packed, scale, (zero_point)] -> [M, N] in the dtype of x."""
+    assert scheme.weight is not None
     if scheme.activation is None:
-        return torch.nn.functional.linear(x, dequantize_weight(weight, scheme, x.shape[1]).to(x.dtype), _as(bias, x.dtype))
+        dequantized = dequantize_weight(weight, scheme, x.shape[1]).to(x.dtype)
+        return torch.nn.functional.linear(x, dequantized, None if bias is None else bias.to(x.dtype))
     codes, scale, zero_point = _unpack(weight, scheme, x.shape[1])
     out_features, in_features = codes.shape
     size = scheme.group_size or in_features
@@ -40,15 +43,16 @@ def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, scheme: Scheme)
         for group, group_codes in enumerate(codes.split(size, 1))
     ]
     y = x.new_empty(x.shape[0], out_features)
-    for rows in range(0, x.shape[0], TOKENS):
-        tokens = x[rows : rows + TOKENS]
+    chunk = TOKENS.get(x.device.type, TOKENS_ELSEWHERE)
+    for rows in range(0, x.shape[0], chunk):
+        tokens = x[rows : rows + chunk]
         qparams = choose_qparams(tokens, scheme.activation)
         differences = (quantize(tokens, qparams, scheme.activation) - qparams.zero_point.short()).to(x_dtype)
         total = torch.zeros(tokens.shape[0], out_features, device=x.device)
         for group, (a, b) in enumerate(zip(differences.split(size, 1), centered, strict=True)):
             total += integer_product(a, b).float().mul_(scale[:, group])
         total *= qparams.scale
-        y[rows : rows + TOKENS] = total if bias is None else total.add_(bias)
+        y[rows : rows + chunk] = total if bias is None else total.add_(bias)
     return y
 
 
@@ -65,7 +69,8 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     Two exact ways: int8 products, or fp32 products over so few columns that every partial sum is an integer below 2^24.
     """
     if a.shape[1] > 2**15:
-        return sum(integer_product(*halves).long() for halves in zip(a.split(2**15, 1), b.split(2**15, 1), strict=True))
+        parts = zip(a.split(2**15, 1), b.split(2**15, 1), strict=True)
+        return torch.stack([integer_product(left, right).long() for left, right in parts]).sum(0)
     if a.device.type == "cpu" and _int8_products_are_exact():
         if a.dtype == torch.int16:
             return 2 * integer_product((a >> 1).to(torch.int8), b) + integer_product((a & 1).to(torch.int8), b)
@@ -73,9 +78,11 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
             return 2 * integer_product(a, (b >> 1).to(torch.int8)) + integer_product(a, (b & 1).to(torch.int8))
         pad = (0, a.shape[1] == 1)  # one column is the one shape that torch's CPU kernel gets wrong (2.13)
         return torch._int_mm(torch.nn.functional.pad(a, pad), torch.nn.functional.pad(b, pad).t())
-    dtype = torch.float64 if torch.backends.cuda.matmul.allow_tf32 else torch.float32
+    settings = torch.backends.cuda if a.device.type == "cuda" else torch.backends.mkldnn
+    dtype = torch.float32 if settings.matmul.fp32_precision in ("none", "ieee") else torch.float64  # tf32, bf16
+    columns = 2 ** (8 + (a.dtype == torch.int8) + (b.dtype == torch.int8))
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    for left, right in zip(a.to(dtype).split(2**8, 1), b.to(dtype).split(2**8, 1), strict=True):
+    for left, right in zip(a.to(dtype).split(columns, 1), b.to(dtype).split(columns, 1), strict=True):
         total += (left @ right.t()).int()
     return total
 
@@ -100,7 +107,3 @@ def _difference_dtype(fmt: IntFormat) -> torch.dtype:
     """What holds code - zero point: int8 up to seven bits and on fixed zero points up to eight."""
     zero = fmt.fixed_zero_point
     return torch.int8 if fmt.qmax <= 127 or (zero is not None and fmt.qmax - zero <= 127) else torch.int16
-
-
-def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)

@@ -10,6 +10,7 @@ not here: it is a property of the grid, `W2*`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ from abq_llm.calibration.transforms import (
 from abq_llm.attention import record_attention
 from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, from_groups, to_groups
 
-CLIP_LOGIT = 4.0  # where the clip logits start; the clip is sigmoid(logit) / sigmoid(4), so it starts at exactly 1
+CLIP_AT_START = 1 / (1 + math.exp(-4))  # a clip is sigmoid(logit) / sigmoid(4): it starts at exactly 1, where the slope is not 0
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ class Vectors:
     """What is learned in one block."""
 
     balance: dict[Pair, Tensor] = field(default_factory=dict)  # log s
-    clip_hi: dict[str, Tensor] = field(default_factory=dict)  # logits [N, groups, 1]
-    clip_lo: dict[str, Tensor] = field(default_factory=dict)
+    clip: dict[int, Tensor] = field(default_factory=dict)  # group size -> logits [2, groups of all its linears, 1]: hi, lo
     left: dict[str, Tensor] = field(default_factory=dict)  # a [N, 1]
     right: dict[str, Tensor] = field(default_factory=dict)  # b [1, K]
 
@@ -75,6 +75,9 @@ class _BlockFit:
     def __init__(self, options: Abq, task: BlockTask) -> None:
         self.options, self.task = options, task
         self.parameters = block_parameters(task.block)
+        self.sizes: dict[int, list[str]] = {}  # group size -> linears
+        for name, linear in task.linears.items():
+            self.sizes.setdefault(to_groups(linear.weight, task.scheme.group_size).shape[-1], []).append(name)
         self.generator = torch.Generator().manual_seed(task.seed * 1_000_003 + task.index)
         self.target = task.fp_output
         self.second_target = task.forward_stream(task.quantized_stream, quantized=False)
@@ -90,10 +93,11 @@ class _BlockFit:
         outcome = reconstruct(
             [
                 Group(tuple(vectors.balance.values()), options.lr_balance),
-                Group((*vectors.clip_hi.values(), *vectors.clip_lo.values()), options.lr_clipping),
+                Group(tuple(vectors.clip.values()), options.lr_clipping),
                 Group((*vectors.left.values(), *vectors.right.values()), options.lr_compensation),
             ],
-            lambda samples: self._loss(vectors, samples),
+            self._fetch,
+            lambda *batch: self._loss(vectors, *batch),
             training=self.training,
             held_out=self.held_out,
             batch_size=task.batch_size,
@@ -115,18 +119,19 @@ class _BlockFit:
             if options.search:
                 candidates.append({pair: torch.zeros_like(log_scale) for pair, log_scale in candidates[0].items()})
             with torch.no_grad():
-                losses = [float(self._loss(Vectors(balance), self.held_out[:8])) for balance in candidates]
+                batch = self._fetch(self.held_out[:8], False)
+                losses = [float(self._loss(Vectors(balance), *batch)) for balance in candidates]
             vectors.balance = candidates[min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))]
-        moved = self._transform(vectors)
         if options.clipping:
+            moved = self._transform(vectors)
             energy = dict(statistics.energy)
             for pair, log_scale in vectors.balance.items():
                 for name in consumers(pair):
-                    columns = len(energy[name]) // len(log_scale)
-                    energy[name] = energy[name] / _spread(log_scale, columns, task.head_dim).exp().square()
-            for name in task.linears:
-                logits = self._clip_logits(moved[f"{name}.weight"], energy[name])
-                vectors.clip_hi[name], vectors.clip_lo[name] = logits, logits.clone()
+                    repeats = len(energy[name]) // len(log_scale)
+                    energy[name] = energy[name] / _spread(log_scale, repeats, task.head_dim).exp().square()
+            for size, names in self.sizes.items():
+                logits = torch.cat([self._clip_logits(moved[f"{name}.weight"], energy[name]) for name in names])
+                vectors.clip[size] = torch.stack([logits, logits])
         if options.compensation and task.index in (0, task.count - 1):
             for name in task.architecture.compensated:
                 weight = self.parameters[f"{name}.weight"]
@@ -143,11 +148,11 @@ class _BlockFit:
         }
 
     def _clip_logits(self, weight: Tensor, energy: Tensor) -> Tensor:
-        """Logits of the clip that each group starts with: 1, or with `search` the one of least energy-weighted error."""
+        """Logits [groups, 1] of the clips to start with: 1, or with `search` those of least energy-weighted error."""
         grouped = to_groups(weight, self.task.scheme.group_size)
         best = torch.ones_like(grouped[..., :1])
         if self.options.search:
-            fmt, size = self.task.scheme.weight, grouped.shape[-1]
+            fmt = self.task.scheme.weight
             assert fmt is not None
             importance = to_groups(energy[None], self.task.scheme.group_size)
             least = torch.full_like(best, math.inf)
@@ -155,28 +160,27 @@ class _BlockFit:
                 grid = choose_qparams(grouped, fmt, clip_hi=clip, clip_lo=clip, scale_dtype=self.task.scale_dtype)
                 error = ((fake_quantize(grouped, grid, fmt) - grouped).square_() * importance).sum(-1, keepdim=True)
                 best, least = torch.where(error < least, clip, best), torch.minimum(error, least)
-            assert size == grouped.shape[-1]
-        return torch.logit(best * torch.sigmoid(torch.tensor(CLIP_LOGIT)))
+        return torch.logit(best.flatten(0, 1) * CLIP_AT_START)
 
-    def _loss(self, vectors: Vectors, samples: Tensor) -> Tensor:
-        task, device = self.task, self.task.device
-        with record_attention(task.attention) as records:
-            output = task.forward(
-                task.quantized_stream[samples].to(device), self._quantized(vectors), quantized=True
-            )
-        target = self.target[samples].to(device)
-        if self.options.dlc:
-            loss = dlc_loss(output, target, self.second_target[samples].to(device))
-        else:
-            loss = relative_mse(output, target)
+    def _fetch(self, samples: Tensor, training: bool) -> tuple[Tensor, ...]:
+        """What `_loss` needs of some samples: the quantized stream, both targets, the teacher's queries, keys and rows."""
+        tensors = [self.task.quantized_stream, self.target, self.second_target, *(self.teacher or ())]
+        batch = [tensor[samples.to(tensor.device)].to(self.task.device) for tensor in tensors]
         if self.teacher is not None:
-            queries, keys = self.teacher
-            tokens = output.shape[1]
-            rows = torch.arange(tokens)
-            if tokens > self.options.akl_rows:
-                rows = torch.randperm(tokens, generator=self.generator)[: self.options.akl_rows]
-            teacher = queries[samples].to(device), keys[samples].to(device)
-            loss = loss + akl_loss(records[0], teacher, rows.to(device))
+            tokens = self.target.shape[1]
+            rows = torch.arange(0, tokens, -(-tokens // self.options.akl_rows))
+            if training:  # other rows each time
+                rows = torch.randperm(tokens, generator=self.generator)[: len(rows)]
+            batch.append(rows.to(self.task.device))
+        return tuple(batch)
+
+    def _loss(self, vectors: Vectors, hidden: Tensor, target: Tensor, second_target: Tensor, *teacher: Tensor) -> Tensor:
+        with record_attention(self.task.attention) as records:
+            output = self.task.forward(hidden, self._quantized(vectors), quantized=True)
+        loss = dlc_loss(output, target, second_target) if self.options.dlc else relative_mse(output, target)
+        if teacher:
+            queries, keys, rows = teacher
+            loss = loss + akl_loss(records[0], (queries, keys), rows)
         return loss
 
     def _transform(self, vectors: Vectors) -> Parameters:
@@ -188,23 +192,29 @@ class _BlockFit:
             parameters = {**parameters, f"{name}.weight": weight + left @ vectors.right[name]}
         return parameters
 
-    def _grid(self, vectors: Vectors, name: str, grouped: Tensor) -> QParams:
-        assert self.task.scheme.weight is not None
-        hi, lo = (
-            torch.sigmoid(logits[name]) / torch.sigmoid(torch.tensor(CLIP_LOGIT)) if logits else 1.0
-            for logits in (vectors.clip_hi, vectors.clip_lo)
-        )
-        return choose_qparams(grouped, self.task.scheme.weight, clip_hi=hi, clip_lo=lo, scale_dtype=self.task.scale_dtype)
+    def _grids(self, vectors: Vectors, parameters: Parameters) -> Iterator[tuple[list[str], Tensor, QParams]]:
+        """All groups of one size in one tensor, [groups of all linears, size], with their grids: far fewer kernels."""
+        scheme = self.task.scheme
+        assert scheme.weight is not None
+        for size, names in self.sizes.items():
+            groups = torch.cat([to_groups(parameters[f"{name}.weight"], scheme.group_size).flatten(0, 1) for name in names])
+            hi, lo = torch.sigmoid(vectors.clip[size]) / CLIP_AT_START if vectors.clip else (1.0, 1.0)
+            yield names, groups, choose_qparams(groups, scheme.weight, clip_hi=hi, clip_lo=lo, scale_dtype=self.task.scale_dtype)
+
+    def _split(self, names: list[str], groups: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensor of `_grids` back into one [N, groups, ...] for each linear."""
+        shapes = [self.parameters[f"{name}.weight"].shape for name in names]
+        counts = [(n, self.task.scheme.groups(k)) for n, k in shapes]
+        parts = groups.split([n * per_row for n, per_row in counts])
+        return ((name, part.unflatten(0, count)) for name, part, count in zip(names, parts, counts, strict=True))
 
     def _quantized(self, vectors: Vectors) -> Parameters:
         """The block's parameters as they will run: transformed, compensated, quantized; differentiable in the vectors."""
         assert self.task.scheme.weight is not None
         parameters = dict(self._transform(vectors))
-        for name in self.task.linears:
-            weight = parameters[f"{name}.weight"]
-            grouped = to_groups(weight, self.task.scheme.group_size)
-            fake = fake_quantize(grouped, self._grid(vectors, name, grouped), self.task.scheme.weight)
-            parameters[f"{name}.weight"] = from_groups(fake, weight.shape[1])
+        for names, groups, grid in self._grids(vectors, parameters):
+            for name, fake in self._split(names, fake_quantize(groups, grid, self.task.scheme.weight)):
+                parameters[f"{name}.weight"] = from_groups(fake, self.parameters[f"{name}.weight"].shape[1])
         return parameters
 
     @torch.no_grad()
@@ -217,10 +227,11 @@ class _BlockFit:
         parameters = self._transform(vectors)
         for name, parameter in self.task.block.named_parameters():
             parameter.copy_(parameters[name])
-        return {
-            name: self._grid(vectors, name, to_groups(linear.weight, self.task.scheme.group_size))
-            for name, linear in self.task.linears.items()
-        }
+        grids: dict[str, QParams] = {}
+        for names, _, grid in self._grids(vectors, parameters):
+            scales, zero_points = self._split(names, grid.scale), self._split(names, grid.zero_point)
+            grids |= {name: QParams(scale, zero) for (name, scale), (_, zero) in zip(scales, zero_points, strict=True)}
+        return grids
 
 
 def _spread(log_scale: Tensor, repeats: int, head_dim: int) -> Tensor:

@@ -1,0 +1,31 @@
+"""The command `abq`: one file per subcommand. Heavy imports live inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import typer
+
+from abq_llm.cli.common import CommandGroup
+from abq_llm.cli.demo import demo
+from abq_llm.cli.eval import evaluate
+from abq_llm.cli.generate import generate
+from abq_llm.cli.info import info
+from abq_llm.cli.quantize import quantize
+
+app = typer.Typer(
+    name="abq",
+    cls=CommandGroup,
+    help="Quantize a language model to any WpAq, pack it, and run the packed integers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("quantize")(quantize)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("info")(info)
+app.command("demo")(demo)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
