@@ -217,6 +217,18 @@ def test_dynamic_quantization_is_per_token_and_keeps_the_dtype():
         assert ((y - x).abs() <= x.abs().amax(-1, keepdim=True) / 60).all()
 
 
+@pytest.mark.parametrize("fmt", oracle.FORMATS, ids=str)
+@pytest.mark.parametrize("shift", [0.3, 5.0, -5.0])
+def test_dynamic_gradients_are_those_of_the_composition(fmt, shift):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(40, 50, generator=generator) + shift).requires_grad_()
+    upstream = torch.randn(x.shape, generator=generator)
+    y, composed = fake_quantize_dynamic(x, fmt), fake_quantize(x, choose_qparams(x, fmt), fmt)
+    assert torch.equal(y, composed)
+    (grad,), (expected,) = (torch.autograd.grad(output, x, upstream) for output in (y, composed))
+    assert torch.allclose(grad, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("k", "size"), [(8, None), (8, 4), (10, 4), (3, 4), (5, 1), (129, 128)])
 def test_groups(k, size):
     weight = torch.randn(3, k, generator=torch.Generator().manual_seed(0))

@@ -79,7 +79,12 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: IntFormat) -> Tensor:
 
 def fake_quantize_dynamic(x: Tensor, fmt: IntFormat | None) -> Tensor:
     """Per-token quantization of x [..., K] with its own range, in the dtype of x. None leaves x alone."""
-    return x if fmt is None else _FakeQuantizeDynamic.apply(x, fmt)  # type: ignore[no-any-return]
+    if fmt is None:
+        return x
+    if fmt.qmax == fmt.fixed_zero_point:  # one bit, symmetric: {-1, 0}, the one grid that clamps part of its own range
+        return fake_quantize(x, choose_qparams(x, fmt), fmt).to(x.dtype)
+    y: Tensor = _FakeQuantizeDynamic.apply(x, fmt)  # type: ignore[no-untyped-call]
+    return y
 
 
 def to_groups(weight: Tensor, group_size: int | None) -> Tensor:
@@ -150,7 +155,7 @@ class _FakeQuantizeDynamic(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, y, scale = ctx.saved_tensors
         fmt, fixed = ctx.fmt, ctx.fmt.fixed_zero_point
         grad_scale = (grad * (y - x)).sum(-1, keepdim=True) / scale
