@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py --model MODEL --calib TRAIN.raw --ppl TEST.raw --ppl C4.jsonl \
         --row W8A8:rtn --row W4A4:abq --row W4A4:abq:dlc=False --seeds 0,1,2 --jobs 6 --out benchmarks/results/NAME.json
 
-A row is SCHEME:METHOD[:option=value,...] with the method's own options. Rows x seeds run as separate processes, `--jobs` at a
-time on one device: small models leave a GPU mostly idle. With `--fake`, the fake-quantized twin of each model (float products of
-rounded operands) is evaluated too.
+A row is SCHEME:METHOD[:option=value,...] with the method's own options. Rows x seeds run as separate processes,
+`--jobs` at a time on one device: small models leave a GPU mostly idle. With `--fake`, the fake-quantized twin of
+each model (float products of rounded operands) is evaluated too.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def run(row: str, seed: int, args: argparse.Namespace) -> dict:
 
     torch.set_num_threads(max(1, args.threads // args.jobs))
     scheme, name, *rest = row.split(":")
-    options = {key: ast.literal_eval(value) for key, value in (item.split("=") for item in ",".join(rest).split(",") if item)}
+    options = {
+        key: ast.literal_eval(value) for key, value in (item.split("=") for item in ",".join(rest).split(",") if item)
+    }
     method = method_by_name(name, **({"epochs": args.epochs} if name != "rtn" else {}) | options)
     model, tokenizer = load_model(args.model, dtype=torch.float16)
     calibration = calibration_tokens(args.calib, tokenizer, samples=args.samples, seqlen=args.seqlen, seed=seed)
@@ -69,11 +71,13 @@ def run(row: str, seed: int, args: argparse.Namespace) -> dict:
     record["calibration_sha256"] = calibration.sha256
     with tempfile.TemporaryDirectory() as directory:
         abq_llm.save(model, Path(directory) / "packed", tokenizer=tokenizer, provenance=report.provenance)
-        model, _ = abq_llm.load(Path(directory) / "packed", dtype=torch.float32, device=args.device, backend="reference")
+        model, _ = abq_llm.load(
+            Path(directory) / "packed", dtype=torch.float32, device=args.device, backend="reference"
+        )
     reference = reference_model(args.model, args.device)
     for text in args.ppl:
         windows = evaluation_tokens(text, tokenizer, seqlen=2048, limit=args.windows)
-        record[windows.name] = dataclasses.asdict(evaluate(model, windows.tokens, reference))
+        record[windows.name] = dataclasses.asdict(evaluate(model, windows.tokens, reference, batch_size=4))
     record["evaluation_seconds"] = time.time() - started
     if args.fake:
         for module_name, module in list(model.named_modules()):
@@ -81,7 +85,9 @@ def run(row: str, seed: int, args: argparse.Namespace) -> dict:
                 model.set_submodule(module_name, FakeQuantLinear(module))
         for text in args.ppl[:1]:
             windows = evaluation_tokens(text, tokenizer, seqlen=2048, limit=args.windows)
-            record["fake_quantized_perplexity"] = {windows.name: evaluate(model, windows.tokens).perplexity}
+            record["fake_quantized_perplexity"] = {
+                windows.name: evaluate(model, windows.tokens, batch_size=4).perplexity
+            }
     return record
 
 
@@ -115,7 +121,11 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None,
-        "arguments": {k: str(Path(v).name) if k in ("model", "calib", "out") else v for k, v in vars(args).items() if k not in ("row", "ppl")},
+        "arguments": {
+            k: str(Path(v).name) if k in ("model", "calib", "out") else v
+            for k, v in vars(args).items()
+            if k not in ("row", "ppl")
+        },
         "texts": {s.name: {"windows": len(s.tokens), "sha256": s.sha256} for s in sets},
         "fp32_perplexity": {s.name: evaluate(model, s.tokens).perplexity for s in sets},
         "rows": [],
@@ -123,7 +133,7 @@ def main() -> None:
     del model
     print("fp32", result["fp32_perplexity"], flush=True)
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    jobs = [(row, seed) for row in args.row for seed in (seeds if not row.split(":")[1] == "rtn" else seeds[:1])]
+    jobs = [(row, seed) for row in args.row for seed in (seeds if row.split(":")[1] != "rtn" else seeds[:1])]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run, row, seed, args): (row, seed) for row, seed in jobs}
         for future in as_completed(futures):
@@ -133,7 +143,10 @@ def main() -> None:
                 print(*futures[future], "FAILED", repr(error), flush=True)
                 continue
             result["rows"].append(record)
-            figures = {n: tuple(round(record[n][k], 4) for k in ("perplexity", "kl", "top1_agreement")) for n in (s.name for s in sets)}
+            figures = {
+                n: tuple(round(record[n][k], 4) for k in ("perplexity", "kl", "top1_agreement"))
+                for n in (s.name for s in sets)
+            }
             print(f"{record['row']} seed {record['seed']} {record['seconds']:.0f} s", figures, flush=True)
             result["rows"].sort(key=lambda r: (args.row.index(r["row"]), r["seed"]))
             result["seconds"] = time.time() - started

@@ -1,14 +1,15 @@
 """The attention function "abq" for Transformers: SDPA over keys and values quantized per token and head.
 
-Keys are quantized after RoPE, as a cache would hold them. A model is told to use it by `config._attn_implementation = "abq"`; each
-attention module's `kv_format` says how many bits (absent: none). Quantizing twice changes no code, so it does not matter that
-a Transformers cache keeps the values and this function quantizes them on every read.
+Keys are quantized after RoPE, as a cache would hold them. A model is told to use it by `config._attn_implementation
+= "abq"`; each attention module's `kv_format` says how many bits (absent: none). Quantizing twice changes no code, so
+it does not matter that a Transformers cache keeps the values and this function quantizes them on every read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,7 +29,7 @@ def register() -> None:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """query [B, heads, T, d], key and value [B, kv_heads, S, d] -> [B, T, heads, d]."""
     fmt: IntFormat | None = getattr(module, "kv_format", None)
@@ -41,7 +42,7 @@ def attention(
 def set_kv_format(model: nn.Module, fmt: IntFormat | None) -> None:
     """Quantize the keys and values of every attention module of `model` to `fmt` (None: leave them alone)."""
     for module in attention_modules(model):
-        module.kv_format = fmt
+        module.kv_format = fmt  # type: ignore[assignment]
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -52,8 +53,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def record_attention(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Within, each call of `module` appends its (query, key) as they meet: RoPE'd and quantized."""
-    module.attention_records = []  # type: ignore[assignment]
+    records: list[tuple[Tensor, Tensor]] = []
+    module.attention_records = records  # type: ignore[assignment]
     try:
-        yield module.attention_records
+        yield records
     finally:
         del module.attention_records

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from abq_llm import attention
 from abq_llm.architectures import architecture_of
@@ -38,7 +39,7 @@ class Report:
 
 
 def quantize(
-    model: nn.Module,
+    model: PreTrainedModel,
     scheme: Scheme | str,
     method: Method | str = "abq",
     calibration: TokenSet | None = None,
@@ -65,7 +66,8 @@ def quantize(
         progress: called with (block, blocks, loss or None, message).
 
     Raises:
-        AbqError: an unsupported architecture, an impossible scheme, a weight that is not finite, missing calibration, or partial
+        AbqError: an unsupported architecture, an impossible scheme, a weight that is not finite, missing
+        calibration, or partial
             results of another run in `work_dir`.
     """
     started = time.monotonic()
@@ -85,14 +87,15 @@ def quantize(
     provenance = {
         "method": method.name,
         "options": asdict(method),  # type: ignore[call-overload]
-        "calibration": calibration and {"name": calibration.name, "shape": list(calibration.tokens.shape), "sha256": calibration.sha256},
+        "calibration": calibration
+        and {"name": calibration.name, "shape": list(calibration.tokens.shape), "sha256": calibration.sha256},
         "seed": seed,
         "batch_size": batch_size,
         "autocast": str(autocast).removeprefix("torch.") if autocast else None,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     if work_dir is not None:
-        _claim(work_dir, fingerprint(scheme=str(scheme), config=model.config.to_json_string(), **provenance))
+        _claim(work_dir, fingerprint(scheme=asdict(scheme), config=model.config.to_json_string(), **provenance))
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
     attention.register()
@@ -117,7 +120,9 @@ def _check_finite(model: nn.Module, blocks: str) -> None:
     for name, parameter in model.get_submodule(blocks).named_parameters():
         if not parameter.isfinite().all():
             bad = parameter[~parameter.isfinite()]
-            raise AbqError(f"{blocks}.{name} holds {bad.numel()} values that are not finite, the first is {bad[0].item()}")
+            raise AbqError(
+                f"{blocks}.{name} holds {bad.numel()} values that are not finite, the first is {bad[0].item()}"
+            )
 
 
 def _claim(work_dir: Path, run: str) -> None:
@@ -129,7 +134,9 @@ def _claim(work_dir: Path, run: str) -> None:
         aside.write_text(json.dumps({"fingerprint": run}))
         aside.replace(mark)
     elif json.loads(mark.read_text())["fingerprint"] != run:
-        raise AbqError(f"{work_dir} holds partial results of another scheme, method, calibration or seed; delete it to start anew")
+        raise AbqError(
+            f"{work_dir} holds partial results of another scheme, method, calibration or seed; delete it to start anew"
+        )
 
 
 def _peak_memory(device: torch.device) -> int:

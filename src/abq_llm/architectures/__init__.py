@@ -18,7 +18,6 @@ def architecture_of(model_type: str) -> Architecture:
         AbqError: there is none.
     """
     if model_type not in TABLES:
-        raise AbqError(
-            f"unsupported architecture {model_type!r}; supported: {', '.join(TABLES)} (CONTRIBUTING.md says how to add a table)"
-        )
+        known = ", ".join(TABLES)
+        raise AbqError(f"unsupported architecture {model_type!r}; supported: {known} (CONTRIBUTING.md: add a table)")
     return TABLES[model_type]

@@ -23,7 +23,9 @@ class LinearPair:
 
 @dataclass(frozen=True)
 class ValueOutputPair:
-    """Values feed the output projection through attention. One s per value channel, shared by the query heads of its group."""
+    """Values feed the output projection through attention. One s per value channel, shared by the query heads of
+    its group.
+    """
 
     value: str
     output: str
@@ -31,7 +33,9 @@ class ValueOutputPair:
 
 @dataclass(frozen=True)
 class QueryKeyPair:
-    """Queries meet keys under RoPE: rows of `query` * s, rows of `key` / s. One s per key head and rotated pair (i, i + d/2)."""
+    """Queries meet keys under RoPE: rows of `query` * s, rows of `key` / s. One s per key head and rotated pair (i,
+    i + d/2).
+    """
 
     query: str
     key: str

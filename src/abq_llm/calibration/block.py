@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from abq_llm.scheme import Scheme
 
 @dataclass
 class BlockTask:
-    """One block to quantize. `block` is fp32 on `device`; the streams are fp32 [samples, tokens, hidden] and may live elsewhere."""
+    """One block to quantize. `block` is fp32 on `device`; the streams are fp32 [samples, tokens, hidden] and may
+    live elsewhere.
+    """
 
     block: nn.Module
     index: int
@@ -29,7 +32,6 @@ class BlockTask:
     scheme: Scheme
     fp_stream: Tensor
     quantized_stream: Tensor
-    fp_output: Tensor
     call: dict[str, Any]  # the other arguments of the block's forward
     device: torch.device
     storage_dtype: torch.dtype  # of what is not quantized: norms, biases
@@ -39,6 +41,11 @@ class BlockTask:
     autocast: torch.dtype | None
     report: Callable[[str, float | None], None]
     block_loss: float | None = field(default=None)
+
+    @cached_property
+    def fp_output(self) -> Tensor:
+        """The fp block on the fp stream; must be asked for before the block is changed."""
+        return self.forward_stream(self.fp_stream, quantized=False)
 
     @property
     def attention(self) -> nn.Module:
@@ -54,11 +61,16 @@ class BlockTask:
         return {name: self.block.get_submodule(name) for name in self.architecture.linears}  # type: ignore[misc]
 
     def forward(self, hidden: Tensor, parameters: Parameters | None = None, *, quantized: bool) -> Tensor:
-        """hidden [B, T, H] -> [B, T, H], with other parameters if given; `quantized`: activations and KV as in the scheme."""
+        """hidden [B, T, H] -> [B, T, H], with other parameters if given; `quantized`: activations and KV as in the
+        scheme.
+        """
         with (
             quantized_inputs(self.linears, self.attention, self.scheme if quantized else None),
             torch.autocast(
-                self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None, cache_enabled=False
+                self.device.type,
+                self.autocast or torch.bfloat16,
+                enabled=self.autocast is not None,
+                cache_enabled=False,
             ),
         ):
             out = functional_call(self.block, parameters or {}, (hidden,), self.call)
@@ -91,7 +103,9 @@ class BlockTask:
 
 @contextmanager
 def quantized_inputs(linears: dict[str, nn.Linear], attention: nn.Module, scheme: Scheme | None) -> Iterator[None]:
-    """Within, every linear sees its input quantized per token, and attention its keys and values (None: as they are)."""
+    """Within, every linear sees its input quantized per token, and attention its keys and values (None: as they
+    are).
+    """
     if scheme is None:
         yield
         return
@@ -122,7 +136,9 @@ class InputStatistics:
 
 @torch.no_grad()
 def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
-    """What the linears of the fp block see on `stream`. Queries and keys, as they meet, count as their linears' ".output"."""
+    """What the linears of the fp block see on `stream`. Queries and keys, as they meet, count as their linears'
+    ".output".
+    """
     peak: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
     tokens = 0

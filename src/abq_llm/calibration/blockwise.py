@@ -1,7 +1,7 @@
 """The driver: capture what enters the first block, then quantize block after block along both streams.
 
-After each block its packed result is written to `work_dir`. A later run over the same inputs reuses these files and recomputes the
-streams through them, so an interrupted run ends in the same bytes as an uninterrupted one.
+After each block its packed result is written to `work_dir`. A later run over the same inputs reuses these files and
+recomputes the streams through them, so an interrupted run ends in the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -49,18 +50,19 @@ def quantize_blocks(
     work_dir: Path | None,
     progress: Progress,
 ) -> Iterator[float | None]:
-    """Replace the linears of every block by `QuantLinear`, in place; yields each block's held-out loss (None if not measured).
+    """Replace the linears of every block by `QuantLinear`, in place; yields each block's held-out loss (None if not
+    measured).
 
-    tokens: int64 [samples, seqlen], or None for a method that needs no data. One block at a time is fp32 on the device; model and
-    streams stay where they are (the streams on the device if they take less than a quarter of its free memory).
+    tokens: int64 [samples, seqlen], or None for a method that needs no data. One block at a time is fp32 on the
+    device; model and streams stay where they are (the streams on the device if they take less than a quarter of its
+    free memory).
     """
     blocks = model.get_submodule(architecture.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    fp_stream, call = capture(model, blocks[0], tokens, settings) if tokens is not None else (None, {})
-    quantized_stream = fp_stream.clone() if fp_stream is not None else None
+    fp_stream, call = capture(model, blocks[0], tokens, settings)
+    quantized_stream = fp_stream.clone()
     for index, block in enumerate(blocks):
-        storage_dtype = next(block.parameters()).dtype
-        home = next(block.parameters()).device
+        storage_dtype, home = next(block.parameters()).dtype, next(block.parameters()).device
         block.to(settings.device, torch.float32)
 
         def report(message: str, loss: float | None, index: int = index) -> None:
@@ -74,7 +76,6 @@ def quantize_blocks(
             scheme=scheme,
             fp_stream=fp_stream,
             quantized_stream=quantized_stream,
-            fp_output=None,
             call=call,
             device=settings.device,
             storage_dtype=storage_dtype,
@@ -84,8 +85,7 @@ def quantize_blocks(
             autocast=settings.autocast,
             report=report,
         )
-        if fp_stream is not None:
-            task.fp_output = task.forward_stream(fp_stream, quantized=False)
+        fp_output = task.fp_output  # of the block as it still is
         file = work_dir / f"block_{index:04d}.safetensors" if work_dir else None
         if file and file.exists():
             packed = _read_result(file, task)
@@ -95,8 +95,7 @@ def quantize_blocks(
             if file:
                 _write_result(file, task, packed)
         _install(task, packed)
-        if quantized_stream is not None:
-            fp_stream, quantized_stream = task.fp_output, task.forward_stream(quantized_stream, quantized=True)
+        fp_stream, quantized_stream = fp_output, task.forward_stream(quantized_stream, quantized=True)
         for name, linear in packed.items():
             block.set_submodule(name, linear)
         block.to(home, storage_dtype)
@@ -105,38 +104,41 @@ def quantize_blocks(
 
 
 @torch.no_grad()
-def capture(model: nn.Module, first: nn.Module, tokens: Tensor, settings: Calibration) -> tuple[Tensor, dict[str, Any]]:
+def capture(
+    model: nn.Module, first: nn.Module, tokens: Tensor | None, settings: Calibration
+) -> tuple[Tensor, dict[str, Any]]:
     """What enters the first block: hidden states fp32 [samples, seqlen, hidden] and the other arguments of its forward.
 
-    All samples have the same length and no padding, so one sample's mask and positions serve for all.
+    All samples have the same length and no padding, so one sample's mask and positions serve for all. Without tokens,
+    the stream has no samples, and every pass over it does nothing.
     """
+    if tokens is None:
+        return torch.empty(0, 1, 1), {}
 
     class Captured(Exception):
         pass
 
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    hidden: list[Tensor] = []
+    call: dict[str, Any] = {}
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
+        hidden.append((args[0] if args else kwargs.pop("hidden_states")).float())
+        call.update(kwargs)
         raise Captured
 
     handle = first.register_forward_pre_hook(hook, with_kwargs=True)
     home = next(model.parameters()).device
-    hidden: list[Tensor] = []
     try:
         for sample in tokens:
-            try:
+            with suppress(Captured):
                 model(sample[None].to(home), use_cache=False)
-            except Captured:
-                hidden.append(calls[-1][0].float())
     finally:
         handle.remove()
     size = sum(h.numel() for h in hidden) * 4
     place = settings.device
     if place.type == "cuda" and size > torch.cuda.mem_get_info(place)[0] / 16:  # four streams and the teacher's keys
         place = torch.device("cpu")
-    call = {name: _to(value, settings.device) for name, value in calls[0][1].items()}
-    return torch.cat(hidden).to(place), call
+    return torch.cat(hidden).to(place), {name: _to(value, settings.device) for name, value in call.items()}
 
 
 def fingerprint(**inputs: object) -> str:
@@ -149,12 +151,17 @@ def _pack(task: BlockTask, grids: dict[str, Any]) -> dict[str, QuantLinear]:
     for name, linear in linears.items():
         if not linear.weight.isfinite().all() or not grids[name].scale.isfinite().all():
             raise AbqError(f"block {task.index}: {name} has NaN or infinite values after quantization")
-    packed = {name: QuantLinear.from_linear(linear, grids[name], task.scheme, task.scale_dtype) for name, linear in linears.items()}
+    packed = {
+        name: QuantLinear.from_linear(linear, grids[name], task.scheme, task.scale_dtype)
+        for name, linear in linears.items()
+    }
     return {name: linear.to(task.storage_dtype) for name, linear in packed.items()}
 
 
 def _install(task: BlockTask, packed: dict[str, QuantLinear]) -> None:
-    """Make the fp32 block compute what will be stored: packed weights, and everything else rounded to the storage dtype."""
+    """Make the fp32 block compute what will be stored: packed weights, and everything else rounded to the storage
+    dtype.
+    """
     for parameter in task.block.parameters():
         parameter.data = parameter.data.to(task.storage_dtype).float()
     for name, linear in task.linears.items():
@@ -176,8 +183,6 @@ def _write_result(file: Path, task: BlockTask, packed: dict[str, QuantLinear]) -
 
 def _read_result(file: Path, task: BlockTask) -> dict[str, QuantLinear]:
     """Load a block's stored result: its linears are returned, the rest is written into the block."""
-    from safetensors import safe_open
-
     try:
         tensors = load_file(file, device=str(task.device))
         with safe_open(file, "pt") as handle:
@@ -188,7 +193,13 @@ def _read_result(file: Path, task: BlockTask) -> dict[str, QuantLinear]:
     for name, linear in task.linears.items():
         n, k = linear.weight.shape
         packed[name] = QuantLinear(
-            k, n, task.scheme, bias=linear.bias is not None, dtype=task.storage_dtype, scale_dtype=task.scale_dtype, device="meta"
+            k,
+            n,
+            task.scheme,
+            bias=linear.bias is not None,
+            dtype=task.storage_dtype,
+            scale_dtype=task.scale_dtype,
+            device="meta",
         )
         keys = [*buffer_layout(k, n, task.scheme, task.scale_dtype), *(["bias"] if linear.bias is not None else [])]
         packed[name].load_state_dict({key: tensors.pop(f"{name}.{key}") for key in keys}, assign=True)

@@ -1,10 +1,10 @@
 """The two losses of ABQ-LLM (AAAI 2025, section 3.2).
 
-    DLC:  -log cos(d_q, d_fp) - log cos(d_q, d*_fp)       d_fp: fp block on the fp stream, d*_fp: fp block on the quantized one
+    DLC:  -log cos(d_q, d_fp) - log cos(d_q, d*_fp)   d_fp, d*_fp: fp block on the fp and the quantized stream
     AKL:  KL(A_q || A_fp) + KL(A_fp || A_q)               per head and row of the attention map
 
-The published code applies softmax to an already softmaxed, head-averaged map, which leaves the AKL term near zero; here it is taken
-per head, on log-probabilities, and averaged over rows.
+The published code applies softmax to an already softmaxed, head-averaged map, which leaves the AKL term near zero;
+here it is taken per head, on log-probabilities, and averaged over rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 def dlc_loss(output: Tensor, *targets: Tensor) -> Tensor:
     """output and targets [B, T, H] -> scalar: minus the logs of the mean cosine over tokens, summed over targets."""
-    return -sum(F.cosine_similarity(output.float(), target.float(), dim=-1).mean().log() for target in targets)
+    cosines = [F.cosine_similarity(output.float(), target.float(), dim=-1).mean() for target in targets]
+    return -torch.stack(cosines).log().sum()
 
 
 def relative_mse(output: Tensor, target: Tensor) -> Tensor:
@@ -28,8 +29,8 @@ def relative_mse(output: Tensor, target: Tensor) -> Tensor:
 def akl_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
     """(query [B, heads, T, d], key [B, kv_heads, T, d]) of both blocks, rows int64 [R] -> scalar.
 
-    Both directions of the KL divergence at once, sum (p - q)(log p - log q), of causal attention maps, averaged over batch,
-    heads and the given rows.
+    Both directions of the KL divergence at once, sum (p - q)(log p - log q), of causal attention maps, averaged over
+    batch, heads and the given rows.
     """
     log_q, log_p = attention_log_map(*student, rows), attention_log_map(*teacher, rows)
     gap = torch.where(log_p.isfinite(), log_q - log_p, 0)

@@ -43,7 +43,8 @@ def reconstruct(
     """Minimise `loss(*fetch(samples, True))` over `training`; leave the tensors as after the epoch best on `held_out`.
 
     Args:
-        fetch: (sample indices int64 [batch], whether for training) -> tensors on the device, of the same shapes each time.
+        fetch: (sample indices int64 [batch], whether for training) -> tensors on the device, of the same shapes each
+            time.
         loss: those tensors -> scalar. On a GPU it is captured into a CUDA graph: it must not look at values.
         training, held_out: sample indices, int64. A last short batch of a shuffled epoch is left out.
         report: called with (epoch, held-out loss).
@@ -102,8 +103,8 @@ def reconstruct(
 def _graphed(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
     """On a GPU, run `function` from a CUDA graph once it has been called three times with the same shapes.
 
-    One block's step is some 700 small kernels; launched one by one they leave the GPU idle most of the time. Other shapes
-    run eagerly. The result is overwritten by the next call.
+    One block's step is some 500 small kernels; launched one by one they leave the GPU idle most of the time. Other
+    shapes run eagerly. The result is overwritten by the next call.
     """
     if device.type != "cuda":
         return function

@@ -1,7 +1,8 @@
-"""Equivalent transformations (SmoothQuant, 2023; learned as in OmniQuant, 2024): scales move between neighbours, the function stays.
+"""Equivalent transformations (SmoothQuant, 2023; learned as in OmniQuant, 2024): scales move between neighbours, the
+function stays.
 
-A block's parameters are a dict {name: tensor}; `apply` returns a changed dict and never writes in place, so it is differentiable
-in the scales. Each pair has a vector s > 0, kept as log s.
+A block's parameters are a dict {name: tensor}; `apply` returns a changed dict and never writes in place, so it is
+differentiable in the scales. Each pair has a vector s > 0, kept as log s.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ Parameters = dict[str, Tensor]
 LOG_LIMIT = 10.0  # s within e^-10 .. e^10
 
 
-def initial_log_scale(pair: Pair, parameters: Parameters, peaks: dict[str, Tensor], head_dim: int, alpha: float) -> Tensor:
+def initial_log_scale(
+    pair: Pair, parameters: Parameters, peaks: dict[str, Tensor], head_dim: int, alpha: float
+) -> Tensor:
     """log of s = act^alpha / w^(1 - alpha), shifted to mean 0: SmoothQuant's equation 4.
 
-    `peaks` holds the largest |value| per channel of each linear's input, and of the queries and keys as they meet, under the
-    names of their linears plus ".output".
+    `peaks` holds the largest |value| per channel of each linear's input, and of the queries and keys as they meet,
+    under the names of their linears plus ".output".
     """
     if isinstance(pair, QueryKeyPair):
         key, query = peaks[f"{pair.key}.output"], peaks[f"{pair.query}.output"]
@@ -30,7 +33,9 @@ def initial_log_scale(pair: Pair, parameters: Parameters, peaks: dict[str, Tenso
         act = peaks[names[0]]
         weight = torch.stack([parameters[f"{name}.weight"].abs().amax(0) for name in names]).amax(0)
         if isinstance(pair, ValueOutputPair):
-            act, weight = (_over_groups(x, parameters[f"{pair.value}.weight"].shape[0], head_dim) for x in (act, weight))
+            act, weight = (
+                _over_groups(x, parameters[f"{pair.value}.weight"].shape[0], head_dim) for x in (act, weight)
+            )
     log_scale = alpha * act.clamp_min(1e-5).log() - (1 - alpha) * weight.clamp_min(1e-5).log()
     return (log_scale - log_scale.mean()).clamp(-LOG_LIMIT, LOG_LIMIT)
 
@@ -39,7 +44,9 @@ def consumers(pair: Pair) -> tuple[str, ...]:
     """The linears whose input the pair rescales (none for queries and keys)."""
     if isinstance(pair, NormPair):
         return pair.linears
-    return {LinearPair: lambda: (pair.consumer,), ValueOutputPair: lambda: (pair.output,), QueryKeyPair: lambda: ()}[type(pair)]()
+    if isinstance(pair, LinearPair):
+        return (pair.consumer,)
+    return (pair.output,) if isinstance(pair, ValueOutputPair) else ()
 
 
 def apply(pair: Pair, parameters: Parameters, log_scale: Tensor, head_dim: int) -> Parameters:
@@ -68,8 +75,8 @@ def apply(pair: Pair, parameters: Parameters, log_scale: Tensor, head_dim: int) 
 def storable_log_scale(pair: Pair, parameters: Parameters, log_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The log scale for which the norm's new weight is exact in `dtype`, so that storing it changes nothing.
 
-    Rounding weight / s to bf16 would be an error of up to 0.4 %; taking s from the rounded weight instead moves it into the
-    linears, before they are quantized. Other pairs feed quantized linears only and come back as they are.
+    Rounding weight / s to bf16 would be an error of up to 0.4 %; taking s from the rounded weight instead moves it
+    into the linears, before they are quantized. Other pairs feed quantized linears only and come back as they are.
     """
     if not isinstance(pair, NormPair):
         return log_scale

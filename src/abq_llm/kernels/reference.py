@@ -17,7 +17,7 @@ from abq_llm.quantizers import QParams, choose_qparams, dequantize, from_groups,
 from abq_llm.scheme import IntFormat, Scheme
 
 TOKENS = {"cpu": 256}  # rows of x at a time: bounds the int32 products, and keeps them in a CPU's cache
-TOKENS_ELSEWHERE = 4096
+TOKENS_ELSEWHERE = 8192
 
 
 def available(device: torch.device) -> str | None:

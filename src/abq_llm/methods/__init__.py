@@ -1,8 +1,8 @@
-"""One file, one paper. A method may do two things to a block: rewrite its weights in place, and return QParams per linear."""
+"""One file, one paper. A method may rewrite a block's weights in place and return QParams per linear, no more."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from abq_llm.calibration.block import BlockTask
 from abq_llm.errors import AbqError
@@ -14,11 +14,13 @@ from abq_llm.quantizers import QParams
 class Method(Protocol):
     """A frozen dataclass of options with a name."""
 
-    name: str
-    needs_data: bool
+    name: ClassVar[str]
+    needs_data: ClassVar[bool]
 
     def quantize_block(self, task: BlockTask) -> dict[str, QParams]:
-        """Rewrite the weights of `task.block` in place and return the grid of each of `task.linears`, [N, groups, 1]."""
+        """Rewrite the weights of `task.block` in place and return the grid of each of `task.linears`, [N, groups,
+        1].
+        """
 
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Abq, Rtn)}

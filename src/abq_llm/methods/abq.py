@@ -1,10 +1,12 @@
-"""ABQ-LLM (Zeng et al., AAAI 2025, arXiv:2408.08554): balance vectors, learned clipping, compensation, DLC and AKL losses.
+"""ABQ-LLM (Zeng et al., AAAI 2025, arXiv:2408.08554): balance vectors, learned clipping, compensation, DLC and AKL
+losses.
 
-    W_q = Q( W diag(s) + a b^T ;  hi = sigmoid(gamma) max,  lo = sigmoid(beta) min )        learned: s, gamma, beta, a, b
+    W_q = Q( W diag(s) + a b^T ;  hi = sigmoid(gamma) max,  lo = sigmoid(beta) min )        learned: s, gamma, beta,
+    a, b
     loss = -log cos(d_q, d_fp) - log cos(d_q, d*_fp) + KL(A_q || A_fp) + KL(A_fp || A_q)
 
-Where this differs from the paper and from its published code, and what each part is worth, is in docs/methods/abq.md. Bit balance is
-not here: it is a property of the grid, `W2*`.
+Where this differs from the paper and from its published code, and what each part is worth, is in
+docs/methods/abq.md. Bit balance is not here: it is a property of the grid, `W2*`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from abq_llm.architectures.table import Pair, QueryKeyPair
+from abq_llm.attention import record_attention
 from abq_llm.calibration.block import BlockTask, InputStatistics, input_statistics
 from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
 from abq_llm.calibration.reconstruct import Group, reconstruct
@@ -29,10 +32,11 @@ from abq_llm.calibration.transforms import (
     initial_log_scale,
     storable_log_scale,
 )
-from abq_llm.attention import record_attention
 from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, from_groups, to_groups
 
-CLIP_AT_START = 1 / (1 + math.exp(-4))  # a clip is sigmoid(logit) / sigmoid(4): it starts at exactly 1, where the slope is not 0
+CLIP_AT_START = 1 / (
+    1 + math.exp(-4)
+)  # a clip is sigmoid(logit) / sigmoid(4): it starts at exactly 1, where the slope is not 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class Vectors:
     """What is learned in one block."""
 
     balance: dict[Pair, Tensor] = field(default_factory=dict)  # log s
-    clip: dict[int, Tensor] = field(default_factory=dict)  # group size -> logits [2, groups of all its linears, 1]: hi, lo
+    clip: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # group size -> logits [2, groups of all its linears, 1]: hi, lo
     left: dict[str, Tensor] = field(default_factory=dict)  # a [N, 1]
     right: dict[str, Tensor] = field(default_factory=dict)  # b [1, K]
 
@@ -107,7 +113,9 @@ class _BlockFit:
         )
         task.block_loss = outcome.after
         if outcome.diverged:
-            task.report(f"block {task.index}: loss not finite, kept the best state (loss {outcome.after:.4g})", outcome.after)
+            task.report(
+                f"block {task.index}: loss not finite, kept the best state (loss {outcome.after:.4g})", outcome.after
+            )
         return self._fold(vectors)
 
     def _start(self, statistics: InputStatistics) -> Vectors:
@@ -140,7 +148,9 @@ class _BlockFit:
         return vectors
 
     def _balance(self, statistics: InputStatistics, alpha: float) -> dict[Pair, Tensor]:
-        """Where the balance vectors start. Queries and keys take part only if keys are quantized: else their scales do nothing."""
+        """Where the balance vectors start. Queries and keys take part only if keys are quantized: else their scales
+        do nothing.
+        """
         return {
             pair: initial_log_scale(pair, self.parameters, statistics.peak, self.task.head_dim, alpha)
             for pair in self.task.architecture.pairs
@@ -163,7 +173,9 @@ class _BlockFit:
         return torch.logit(best.flatten(0, 1) * CLIP_AT_START)
 
     def _fetch(self, samples: Tensor, training: bool) -> tuple[Tensor, ...]:
-        """What `_loss` needs of some samples: the quantized stream, both targets, the teacher's queries, keys and rows."""
+        """What `_loss` needs of some samples: the quantized stream, both targets, the teacher's queries, keys and
+        rows.
+        """
         tensors = [self.task.quantized_stream, self.target, self.second_target, *(self.teacher or ())]
         batch = [tensor[samples.to(tensor.device)].to(self.task.device) for tensor in tensors]
         if self.teacher is not None:
@@ -174,7 +186,9 @@ class _BlockFit:
             batch.append(rows.to(self.task.device))
         return tuple(batch)
 
-    def _loss(self, vectors: Vectors, hidden: Tensor, target: Tensor, second_target: Tensor, *teacher: Tensor) -> Tensor:
+    def _loss(
+        self, vectors: Vectors, hidden: Tensor, target: Tensor, second_target: Tensor, *teacher: Tensor
+    ) -> Tensor:
         with record_attention(self.task.attention) as records:
             output = self.task.forward(hidden, self._quantized(vectors), quantized=True)
         loss = dlc_loss(output, target, second_target) if self.options.dlc else relative_mse(output, target)
@@ -197,9 +211,15 @@ class _BlockFit:
         scheme = self.task.scheme
         assert scheme.weight is not None
         for size, names in self.sizes.items():
-            groups = torch.cat([to_groups(parameters[f"{name}.weight"], scheme.group_size).flatten(0, 1) for name in names])
+            groups = torch.cat(
+                [to_groups(parameters[f"{name}.weight"], scheme.group_size).flatten(0, 1) for name in names]
+            )
             hi, lo = torch.sigmoid(vectors.clip[size]) / CLIP_AT_START if vectors.clip else (1.0, 1.0)
-            yield names, groups, choose_qparams(groups, scheme.weight, clip_hi=hi, clip_lo=lo, scale_dtype=self.task.scale_dtype)
+            yield (
+                names,
+                groups,
+                choose_qparams(groups, scheme.weight, clip_hi=hi, clip_lo=lo, scale_dtype=self.task.scale_dtype),
+            )
 
     def _split(self, names: list[str], groups: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The tensor of `_grids` back into one [N, groups, ...] for each linear."""
@@ -209,7 +229,9 @@ class _BlockFit:
         return ((name, part.unflatten(0, count)) for name, part, count in zip(names, parts, counts, strict=True))
 
     def _quantized(self, vectors: Vectors) -> Parameters:
-        """The block's parameters as they will run: transformed, compensated, quantized; differentiable in the vectors."""
+        """The block's parameters as they will run: transformed, compensated, quantized; differentiable in the
+        vectors.
+        """
         assert self.task.scheme.weight is not None
         parameters = dict(self._transform(vectors))
         for names, groups, grid in self._grids(vectors, parameters):

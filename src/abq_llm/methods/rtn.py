@@ -20,7 +20,9 @@ class Rtn:
         assert task.scheme.weight is not None
         return {
             name: choose_qparams(
-                to_groups(linear.weight.detach(), task.scheme.group_size), task.scheme.weight, scale_dtype=task.scale_dtype
+                to_groups(linear.weight.detach(), task.scheme.group_size),
+                task.scheme.weight,
+                scale_dtype=task.scale_dtype,
             )
             for name, linear in task.linears.items()
         }
