@@ -11,7 +11,7 @@ import abq_llm
 PACKAGE = Path(abq_llm.__file__).parent
 
 LAYERS = (
-    {"errors", "scheme", "quantizers", "packing"},  # torch only
+    {"errors", "version", "devices", "scheme", "quantizers", "packing"},  # torch only
     {"kernels", "architectures"},
     {"linear", "attention", "calibration"},
     {"methods"},  # never kernels

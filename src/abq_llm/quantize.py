@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import resource
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from abq_llm import attention
-from abq_llm.architectures import architecture_of
+from abq_llm.architectures import Architecture, architecture_of
 from abq_llm.calibration.blockwise import Calibration, Progress, fingerprint, quantize_blocks
 from abq_llm.checkpoint import packed_size
 from abq_llm.data import TokenSet
+from abq_llm.devices import pick_device
 from abq_llm.errors import AbqError
+from abq_llm.linear import QuantLinear
 from abq_llm.methods import Method, method_by_name
 from abq_llm.scheme import Scheme
+from abq_llm.version import __version__
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,17 @@ def quantize(
     if isinstance(method, str):
         method = method_by_name(method)
     if epochs is not None and hasattr(method, "epochs"):
-        method = method_by_name(method.name, **{**asdict(method), "epochs": epochs})  # type: ignore[call-overload]
-    architecture = architecture_of(model.config.model_type)
-    if scheme.weight is None:
-        raise AbqError(f"scheme {scheme}: W16 leaves nothing to pack; choose W1..W8")
+        method = replace(method, epochs=epochs)  # type: ignore[type-var]
+    architecture = check_model(model, scheme)
     if method.needs_data and calibration is None:
         raise AbqError(f"method {method.name!r} learns from data: give it calibration tokens")
-    _check_finite(model, architecture.blocks)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    tokens = calibration.tokens if method.needs_data and calibration else None
+    if tokens is not None and (len(tokens) == 0 or int(tokens.max()) >= model.config.vocab_size):
+        raise AbqError(
+            f"calibration tokens {list(tokens.shape)} up to id {int(tokens.max()) if len(tokens) else None} are not "
+            f"samples of a vocabulary of {model.config.vocab_size}"
+        )
+    place = pick_device(device)
     settings = Calibration(device=place, seed=seed, batch_size=batch_size, autocast=autocast)
     provenance = {
         "method": method.name,
@@ -92,15 +98,16 @@ def quantize(
         "seed": seed,
         "batch_size": batch_size,
         "autocast": str(autocast).removeprefix("torch.") if autocast else None,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "device": place.type,
+        "versions": {"abq_llm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     if work_dir is not None:
-        _claim(work_dir, fingerprint(scheme=asdict(scheme), config=model.config.to_json_string(), **provenance))
+        inputs = {"config": model.config.to_json_string(), "weights": _hash(model), **provenance}
+        _claim(work_dir, fingerprint(scheme=asdict(scheme), **inputs))
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    tokens = calibration.tokens if method.needs_data and calibration else None
     losses = list(
         quantize_blocks(model, architecture, scheme, method, tokens, settings, work_dir, progress or (lambda *_: None))
     )
@@ -116,26 +123,51 @@ def quantize(
     )
 
 
-def _check_finite(model: nn.Module, blocks: str) -> None:
-    for name, parameter in model.get_submodule(blocks).named_parameters():
+def check_model(model: PreTrainedModel, scheme: Scheme) -> Architecture:
+    """The table of `model`'s architecture, if `model` can be quantized to `scheme`.
+
+    Raises:
+        AbqError: it cannot: nothing to pack, an unsupported architecture, already quantized, or values not finite.
+    """
+    if scheme.weight is None:
+        raise AbqError(f"scheme {scheme}: W16 leaves nothing to pack; choose W1..W8")
+    architecture = architecture_of(model.config.model_type)
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise AbqError("the model is quantized already; quantize the original")
+    for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             bad = parameter[~parameter.isfinite()]
-            raise AbqError(
-                f"{blocks}.{name} holds {bad.numel()} values that are not finite, the first is {bad[0].item()}"
-            )
+            raise AbqError(f"{name} holds {bad.numel()} values that are not finite, the first is {bad[0].item()}")
+    return architecture
+
+
+def _hash(model: nn.Module) -> str:
+    """Hex SHA-256 of the bytes of all parameters: models of one config are not one model."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _claim(work_dir: Path, run: str) -> None:
     """Mark `work_dir` as this run's, or make sure that it already is."""
     mark = work_dir / "run.json"
     work_dir.mkdir(parents=True, exist_ok=True)
-    if not mark.exists():
+    if not any(work_dir.iterdir()):
         aside = mark.with_suffix(".tmp")
         aside.write_text(json.dumps({"fingerprint": run}))
         aside.replace(mark)
-    elif json.loads(mark.read_text())["fingerprint"] != run:
+        return
+    try:
+        owner = json.loads(mark.read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise AbqError(
-            f"{work_dir} holds partial results of another scheme, method, calibration or seed; delete it to start anew"
+            f"{work_dir} is not empty and was not left by a stopped run: it has no readable run.json"
+        ) from None
+    if owner != run:
+        raise AbqError(
+            f"{work_dir} holds partial results of another model, scheme, method, calibration or seed; "
+            "delete it to start anew"
         )
 
 
@@ -143,5 +175,7 @@ def _peak_memory(device: torch.device) -> int:
     """Peak bytes: of the device for a GPU, of this process's resident memory for a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -297,7 +297,7 @@ def test_demo_needs_its_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         (("quantize", "MODEL", "-s", "W9A8", "-o", "OUT"), "bad scheme 'W9A8' at position 1"),
         (("quantize", "MODEL", "-s", "W16A16", "-o", "OUT", "--method", "rtn"), "W16"),
         (("quantize", "MODEL", "-s", "W4A8", "-o", "OUT", "--method", "magic"), "unknown method 'magic'"),
-        (("quantize", "MODEL", "-s", "W4A8", "-o", "OUT", "--device", "abacus"), "--device 'abacus' is no device"),
+        (("quantize", "MODEL", "-s", "W4A8", "-o", "OUT", "--device", "abacus"), "device 'abacus' is no device"),
         (
             ("quantize", "MODEL", "-s", "W4A8", "-o", "OUT", "--calib", "no.txt", "--seqlen", "8"),
             "no.txt: no such file",

@@ -128,10 +128,14 @@ def quantized_inputs(linears: dict[str, nn.Linear], attention: nn.Module, scheme
 
 @dataclass
 class InputStatistics:
-    """Per channel of each linear's input, fp32 [K]: the largest |x| (`peak`) and the mean of x^2 (`energy`)."""
+    """Per channel of each linear's input, fp32 [K]: the largest |x| (`peak`) and the mean of x^2 (`energy`).
+
+    `output` is the stream that left the block meanwhile.
+    """
 
     peak: dict[str, Tensor]
     energy: dict[str, Tensor]
+    output: Tensor
 
 
 @torch.no_grad()
@@ -141,7 +145,7 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
     """
     peak: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
-    tokens = 0
+    tokens, output = 0, torch.empty_like(stream)
 
     def see(name: str, x: Tensor) -> None:
         x = x.float().reshape(-1, x.shape[-1])
@@ -157,7 +161,7 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
             hidden = stream[part].to(task.device)
             tokens += hidden.shape[0] * hidden.shape[1]
             with record_attention(task.attention) as records:
-                task.forward(hidden, quantized=False)
+                output[part] = task.forward(hidden, quantized=False).float()
             for pair in task.architecture.pairs:
                 for name, x in zip((getattr(pair, "query", None), getattr(pair, "key", None)), records[0], strict=True):
                     if name:
@@ -165,4 +169,4 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
     finally:
         for handle in handles:
             handle.remove()
-    return InputStatistics(peak, {name: total / tokens for name, total in energy.items()})
+    return InputStatistics(peak, {name: total / tokens for name, total in energy.items()}, output)

@@ -166,6 +166,8 @@ def _install(task: BlockTask, packed: dict[str, QuantLinear]) -> None:
         parameter.data = parameter.data.to(task.storage_dtype).float()
     for name, linear in task.linears.items():
         linear.weight.data = packed[name].dequantize()
+        if (bias := packed[name].bias) is not None:
+            linear.bias.data = bias.float()
 
 
 def _write_result(file: Path, task: BlockTask, packed: dict[str, QuantLinear]) -> None:
@@ -183,27 +185,29 @@ def _write_result(file: Path, task: BlockTask, packed: dict[str, QuantLinear]) -
 
 def _read_result(file: Path, task: BlockTask) -> dict[str, QuantLinear]:
     """Load a block's stored result: its linears are returned, the rest is written into the block."""
+    packed = {}
     try:
         tensors = load_file(file, device=str(task.device))
         with safe_open(file, "pt") as handle:
-            task.block_loss = json.loads(handle.metadata()["loss"])
-    except (SafetensorError, KeyError) as error:
-        raise AbqError(f"partial result {file} is damaged ({error}); delete it and resume again") from None
-    packed = {}
-    for name, linear in task.linears.items():
-        n, k = linear.weight.shape
-        packed[name] = QuantLinear(
-            k,
-            n,
-            task.scheme,
-            bias=linear.bias is not None,
-            dtype=task.storage_dtype,
-            scale_dtype=task.scale_dtype,
-            device="meta",
-        )
-        keys = [*buffer_layout(k, n, task.scheme, task.scale_dtype), *(["bias"] if linear.bias is not None else [])]
-        packed[name].load_state_dict({key: tensors.pop(f"{name}.{key}") for key in keys}, assign=True)
-    task.block.load_state_dict(tensors, strict=False)
+            task.block_loss = json.loads((handle.metadata() or {})["loss"])
+        for name, linear in task.linears.items():
+            n, k = linear.weight.shape
+            packed[name] = QuantLinear(
+                k,
+                n,
+                task.scheme,
+                bias=linear.bias is not None,
+                dtype=task.storage_dtype,
+                scale_dtype=task.scale_dtype,
+                device="meta",
+            )
+            keys = [*buffer_layout(k, n, task.scheme, task.scale_dtype), *(["bias"] if linear.bias is not None else [])]
+            packed[name].load_state_dict({key: tensors.pop(f"{name}.{key}") for key in keys}, assign=True)
+        linears = {f"{name}.{key}": value for name in packed for key, value in task.linears[name].state_dict().items()}
+        task.block.load_state_dict({**tensors, **linears})
+    except (SafetensorError, KeyError, RuntimeError) as error:  # RuntimeError: other names or shapes
+        reason = " ".join(str(error).split())
+        raise AbqError(f"partial result {file} is damaged ({reason}); delete it and resume again") from None
     return packed
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 def dlc_loss(output: Tensor, *targets: Tensor) -> Tensor:
     """output and targets [B, T, H] -> scalar: minus the logs of the mean cosine over tokens, summed over targets."""
     cosines = [F.cosine_similarity(output.float(), target.float(), dim=-1).mean() for target in targets]
-    return -torch.stack(cosines).log().sum()
+    return -torch.stack(cosines).clamp_min(1e-6).log().sum()
 
 
 def relative_mse(output: Tensor, target: Tensor) -> Tensor:

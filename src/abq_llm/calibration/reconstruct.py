@@ -112,6 +112,10 @@ def _graphed(function: Callable[..., Tensor], device: torch.device) -> Callable[
     graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
 
     def call(*batch: Tensor) -> Tensor:
+        with torch.cuda.device(device):  # a graph is captured on the current device, whichever that is
+            return run(*batch)
+
+    def run(*batch: Tensor) -> Tensor:
         shapes = tuple(tensor.shape for tensor in batch)
         calls[shapes] = calls.get(shapes, 0) + 1
         if calls[shapes] <= 3:  # warm up on a side stream, as capturing wants it

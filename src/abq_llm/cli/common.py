@@ -29,8 +29,9 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (AbqError, OSError, KeyboardInterrupt) as error:
-            if os.environ.get("ABQ_DEBUG") == "1":
+        except (AbqError, OSError, KeyboardInterrupt, RuntimeError) as error:
+            readable = not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
+            if not readable or os.environ.get("ABQ_DEBUG") == "1":
                 raise
             print(f"abq: error: {_one_line(error)}", file=sys.stderr)
             raise typer.Exit(2) from error
@@ -84,16 +85,6 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU, or else the CPU."""
-    import torch
-
-    try:
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise AbqError(f"--device {name!r} is no device: {str(error).splitlines()[0]}") from error
 
 
 def open_model(

@@ -13,7 +13,6 @@ from abq_llm.cli.common import (
     JsonFile,
     check_json,
     open_model,
-    pick_device,
     progress_bar,
     quiet_libraries,
     write_json,
@@ -26,7 +25,7 @@ SEQLEN = 2048  # what papers report on; less where the model takes less
 def evaluate(
     model: Annotated[str, typer.Argument(help="Packed directory, hub id, local directory, or .gguf file.")],
     ppl: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="wikitext2 (the default), c4, or a file; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="wikitext2 (the default), c4, self, or a file; repeatable.")
     ] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Also report KL and top-1 agreement with this model.")
@@ -39,10 +38,11 @@ def evaluate(
     check_json(json_file)
     from abq_llm import checkpoint, kernels
     from abq_llm.data import evaluation_tokens
+    from abq_llm.devices import pick_device
     from abq_llm.evaluation import evaluate as run
 
     quiet_libraries()
-    place = pick_device("cpu" if backend == "cpu" else "auto")
+    place = pick_device("auto")
     network, tokenizer = open_model(model, device=place, backend=backend)
     expected = open_model(reference, device=place)[0] if reference else None
     longest = getattr(network.config.get_text_config(), "max_position_embeddings", SEQLEN)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from abq_llm.cli.common import JsonFile, check_json, open_model, pick_device, quiet_libraries, write_json
+from abq_llm.cli.common import JsonFile, check_json, open_model, quiet_libraries, write_json
 from abq_llm.errors import AbqError
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def generate(
 ) -> None:
     """Continue PROMPT greedily on stdout; tokens per second go to stderr."""
     check_json(json_file)
+    from abq_llm.devices import pick_device
+
     quiet_libraries()
     model, tokenizer = open_model(str(directory), device=pick_device("auto"))
     tokens, seconds = stream(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)

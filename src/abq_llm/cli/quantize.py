@@ -14,7 +14,6 @@ from abq_llm.cli.common import (
     JsonFile,
     check_json,
     megabytes,
-    pick_device,
     progress_bar,
     quiet_libraries,
     write_json,
@@ -48,17 +47,23 @@ def quantize(
 
     from abq_llm import checkpoint
     from abq_llm.data import calibration_tokens
+    from abq_llm.devices import pick_device
     from abq_llm.methods import method_by_name
     from abq_llm.models import load_model
+    from abq_llm.quantize import check_model
     from abq_llm.quantize import quantize as run
     from abq_llm.scheme import Scheme
 
     parsed, needs_data, place = Scheme.parse(scheme), method_by_name(method).needs_data, pick_device(device)
     quiet_libraries()
     network, tokenizer = load_model(model)
+    check_model(network, parsed)
     calibration = None
     if needs_data:
+        if calib == "self":
+            network.to(place)  # type: ignore[arg-type]  # it writes the text: where that is fast
         calibration = calibration_tokens(calib, tokenizer, samples=samples, seqlen=seqlen, seed=seed, model=network)
+        network.to("cpu")  # type: ignore[arg-type]
 
     console = Console(stderr=True)
     with progress_bar(console) as bar:
@@ -66,6 +71,8 @@ def quantize(
 
         def progress(block: int, blocks: int, loss: float | None, message: str) -> None:
             done = message == "done"
+            if "not finite" in message:
+                console.print(message)
             note = message if loss is None else f"{message}, loss {loss:.3g}"
             bar.update(task, total=blocks, completed=block + done, note="" if done else note)
             if done:

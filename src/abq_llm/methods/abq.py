@@ -32,6 +32,7 @@ from abq_llm.calibration.transforms import (
     initial_log_scale,
     storable_log_scale,
 )
+from abq_llm.errors import AbqError
 from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, from_groups, to_groups
 
 CLIP_AT_START = 1 / (
@@ -57,7 +58,11 @@ class Abq:
     lr_balance: float = 5e-3
     lr_clipping: float = 1e-2
     lr_compensation: float = 1e-2
-    akl_rows: int = 256  # rows of each attention map in a step, drawn at random
+    akl_rows: int = 256  # at most so many rows of each attention map in a step, drawn at random
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.akl_rows < 1 or not self.alphas:
+            raise AbqError(f"{self}: epochs must be >= 0, akl_rows >= 1, and alphas not empty")
 
     def quantize_block(self, task: BlockTask) -> dict[str, QParams]:
         return _BlockFit(self, task).run()
@@ -86,7 +91,8 @@ class _BlockFit:
             self.sizes.setdefault(to_groups(linear.weight, task.scheme.group_size).shape[-1], []).append(name)
         self.generator = torch.Generator().manual_seed(task.seed * 1_000_003 + task.index)
         self.target = task.fp_output
-        self.second_target = task.forward_stream(task.quantized_stream, quantized=False)
+        self.statistics = input_statistics(task, task.quantized_stream)
+        self.second_target = self.statistics.output
         self.teacher = task.queries_and_keys(task.fp_stream) if options.akl else None
         samples = len(task.fp_stream)
         held_out = samples // 8 if samples >= 8 else 0
@@ -95,7 +101,7 @@ class _BlockFit:
 
     def run(self) -> dict[str, QParams]:
         task, options = self.task, self.options
-        vectors = self._start(input_statistics(task, task.quantized_stream))
+        vectors = self._start(self.statistics)
         outcome = reconstruct(
             [
                 Group(tuple(vectors.balance.values()), options.lr_balance),
@@ -122,14 +128,9 @@ class _BlockFit:
         options, task = self.options, self.task
         vectors = Vectors()
         if options.balance:
-            alphas = options.alphas if options.search else (0.5,)
-            candidates = [self._balance(statistics, alpha) for alpha in alphas]
+            vectors.balance = self._balance(statistics, 0.5)
             if options.search:
-                candidates.append({pair: torch.zeros_like(log_scale) for pair, log_scale in candidates[0].items()})
-            with torch.no_grad():
-                batch = self._fetch(self.held_out[:8], False)
-                losses = [float(self._loss(Vectors(balance), *batch)) for balance in candidates]
-            vectors.balance = candidates[min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))]
+                vectors.balance = self._best([self._balance(statistics, alpha) for alpha in options.alphas])
         if options.clipping:
             moved = self._transform(vectors)
             energy = dict(statistics.energy)
@@ -146,6 +147,17 @@ class _BlockFit:
                 vectors.left[name] = weight.new_zeros(weight.shape[0], 1)
                 vectors.right[name] = weight.new_ones(1, weight.shape[1])
         return vectors
+
+    @torch.no_grad()
+    def _best(self, candidates: list[dict[Pair, Tensor]]) -> dict[Pair, Tensor]:
+        """The candidate of least held-out loss, among them no balance at all."""
+        candidates = [*candidates, {pair: torch.zeros_like(log_scale) for pair, log_scale in candidates[0].items()}]
+        losses = [0.0] * len(candidates)
+        for samples in self.held_out.split(self.task.batch_size):
+            batch = self._fetch(samples, False)
+            for i, balance in enumerate(candidates):
+                losses[i] += float(self._loss(Vectors(balance), *batch)) * len(samples)
+        return candidates[min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))]
 
     def _balance(self, statistics: InputStatistics, alpha: float) -> dict[Pair, Tensor]:
         """Where the balance vectors start. Queries and keys take part only if keys are quantized: else their scales

@@ -1,0 +1,22 @@
+"""Names of devices."""
+
+from __future__ import annotations
+
+import torch
+
+from abq_llm.errors import AbqError
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is the first GPU, or else the CPU.
+
+    Raises:
+        AbqError: no such device, or no GPU that torch can use.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise AbqError(f"device {str(name)!r} is no device: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise AbqError(f"device {str(name)!r}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    return device

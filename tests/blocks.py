@@ -1,0 +1,74 @@
+"""What tests of calibration share: tokens, one block as a task, and a way to look at a block while it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from abq_llm import attention
+from abq_llm.architectures import architecture_of
+from abq_llm.calibration.block import BlockTask
+from abq_llm.calibration.blockwise import Calibration, capture
+from abq_llm.data import TokenSet
+from abq_llm.methods import Method
+from abq_llm.quantizers import QParams
+from abq_llm.scheme import Scheme
+from tests.tiny import VOCAB
+
+
+def random_tokens(samples: int = 16, seqlen: int = 32, seed: int = 1) -> Tensor:
+    return torch.randint(0, VOCAB, (samples, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def calibration(samples: int = 16, seqlen: int = 32, seed: int = 1) -> TokenSet:
+    return TokenSet("random", random_tokens(samples, seqlen, seed))
+
+
+def first_block(model: PreTrainedModel, scheme: str = "W4A8", samples: int = 4, **changes: Any) -> BlockTask:
+    """The first block of an fp32 model on the CPU, as the driver would hand it to a method."""
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    architecture = architecture_of(model.config.model_type)
+    blocks = model.get_submodule(architecture.blocks)
+    device = torch.device("cpu")
+    stream, call = capture(model, blocks[0], random_tokens(samples), Calibration(device))
+    fields: dict[str, Any] = {
+        "block": blocks[0],
+        "index": 0,
+        "count": len(blocks),
+        "architecture": architecture,
+        "scheme": Scheme.parse(scheme),
+        "fp_stream": stream,
+        "quantized_stream": stream.clone(),
+        "call": call,
+        "device": device,
+        "storage_dtype": torch.float32,
+        "scale_dtype": torch.float16,
+        "seed": 0,
+        "batch_size": 4,
+        "autocast": None,
+        "report": lambda message, loss: None,
+    }
+    return BlockTask(**(fields | changes))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A method, with a function that is shown each block once the method has rewritten it, and its grids."""
+
+    name: ClassVar[str] = "watched"
+    needs_data: ClassVar[bool] = True
+
+    method: Method
+    look: Callable[[BlockTask, dict[str, QParams]], None]
+
+    def quantize_block(self, task: BlockTask) -> dict[str, QParams]:
+        assert task.fp_output.isfinite().all()  # asked for while the block is still the original
+        grids = self.method.quantize_block(task)
+        self.look(task, grids)
+        return grids
