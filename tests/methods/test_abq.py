@@ -10,7 +10,7 @@ from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
 from abq_llm.calibration.transforms import apply, block_parameters, initial_log_scale
 from abq_llm.errors import AbqError
 from abq_llm.evaluation import evaluate
-from abq_llm.methods import METHODS, method_by_name
+from abq_llm.methods import METHODS, abq, method_by_name
 from abq_llm.methods.abq import CLIP_AT_START, Abq
 from abq_llm.quantize import quantize
 from abq_llm.quantizers import choose_qparams, fake_quantize, from_groups, to_groups
@@ -226,9 +226,23 @@ def test_the_loss_is_the_sum_of_what_is_on(dlc, akl):
     assert task.block_loss == pytest.approx(float(expected + kl * akl), rel=1e-3)
 
 
-def test_attention_rows_are_drawn_anew_for_each_step():
-    losses = [learn(layers=1, akl_rows=rows)[1].block_losses for rows in (4, 32, 256)]
-    assert losses[1] == losses[2] != losses[0]  # there are 32 rows: more is all of them
+def test_attention_rows_are_drawn_anew_for_each_step(monkeypatch):
+    """Where the loss is only measured they are the same each time, or two epochs could not be compared."""
+    training, measuring = [], []
+
+    def watched(student, teacher, rows):
+        (training if torch.is_grad_enabled() else measuring).append(rows.tolist())
+        return akl_loss(student, teacher, rows)
+
+    monkeypatch.setattr(abq, "akl_loss", watched)
+    learn(layers=1, akl_rows=4)
+    assert set(map(tuple, measuring)) == {(0, 8, 16, 24)}
+    assert len(training) == 3 and len(set(map(tuple, training))) == 3
+    assert all(len(set(rows)) == 4 and set(rows) <= set(range(32)) for rows in training)
+    for rows in (32, 256):
+        training.clear()
+        learn(layers=1, akl_rows=rows)
+        assert all(sorted(drawn) == list(range(32)) for drawn in training)
 
 
 def test_training_lowers_the_held_out_loss():
