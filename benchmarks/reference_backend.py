@@ -2,10 +2,11 @@
 
     python benchmarks/reference_backend.py --model MODEL --text TEST.raw --out benchmarks/results/NAME.json
 
-Each scheme is rounded to nearest and evaluated three ways on the same windows: packed; fake-quantized with the scales applied
-after a float64 product of the integer differences (the order of the integer contract); and fake-quantized as usual, with
-an fp32 product of dequantized operands. The first two must agree to the last bit. The third rounds elsewhere, which moves a
-few activations across a rounding boundary in each layer: its distance is what fp32 noise alone does to the figure.
+Each scheme is rounded to nearest and evaluated three ways on the same windows: packed; fake-quantized with the scales
+applied after a float64 product of the integer differences (the order of the integer contract); and fake-quantized as
+usual, with an fp32 product of dequantized operands. The first two must agree to the last bit. The third rounds
+elsewhere, which moves a few activations across a rounding boundary in each layer: its distance is what fp32 noise
+alone does to the figure.
 """
 
 from __future__ import annotations

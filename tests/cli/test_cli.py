@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
 from abq_llm import checkpoint
+from abq_llm.calibration import blockwise
 from abq_llm.cli import app
 from abq_llm.cli.common import write_json
 from abq_llm.models import load_model
@@ -303,6 +306,7 @@ def test_demo_needs_its_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             "no.txt: no such file",
         ),
         (("quantize", "MODEL", "-s", "W4A8", "-o", "OUT"), "seqlen is 2048, the model takes at most 256 tokens"),
+        (("quantize", "PACKED", "-s", "W4A8", "-o", "OUT"), "quantized already"),
         (("quantize", "/nowhere", "-s", "W4A8", "-o", "OUT"), "/nowhere: no such file or directory"),
         (("quantize", "MODEL", "-s", "W4A8", "-o", "OUT", "--json", "/nowhere/q.json"), "--json /nowhere/q.json"),
         (("eval", "PACKED", "--backend", "abacus"), "unknown backend 'abacus'"),
@@ -321,6 +325,58 @@ def test_a_mistake_is_one_line(
     places = {"MODEL": model_directory, "PACKED": packed_directory, "OUT": tmp_path / "out"}
     assert_refused(abq(*(places.get(argument, argument) for argument in arguments)), message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_gpu_is_named(model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert_refused(quantize(model_directory, tmp_path / "out", "--device", "cuda:1"), "'cuda:1'", "sees 1 GPUs")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    assert_refused(quantize(tmp_path / "gpt2", tmp_path / "out"), "unsupported architecture 'gpt2'")
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+
+
+def test_an_embedding_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    assert_refused(quantize(tmp_path / "nan", tmp_path / "out"), "model.embed_tokens.weight holds 1 values", "nan")
+    assert [path.name for path in tmp_path.iterdir()] == ["nan"]
+
+
+@pytest.mark.parametrize("content", ["not ours", '{"fingerprint"'], ids=["foreign", "damaged"])
+def test_a_foreign_folder_is_neither_taken_over_nor_removed(
+    model_directory: Path, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    name = "run.json" if content.startswith("{") else "thesis.txt"
+    (tmp_path / "out.partial" / name).write_text(content)
+    assert_refused(quantize(model_directory, tmp_path / "out", "--resume"), "out.partial", "run.json")
+    assert (tmp_path / "out.partial" / name).read_text() == content
+
+
+def test_a_disk_that_fills_up_while_calibrating(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = blockwise.save_file
+
+    def full(tensors: Any, file: Path, *metadata: Any) -> None:
+        file.write_bytes(b"half a block")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(blockwise, "save_file", full)
+    assert_refused(quantize(model_directory, tmp_path / "out"), "block_0000", "No space left on device")
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["run.json"]
+    monkeypatch.setattr(blockwise, "save_file", save)
+    assert quantize(model_directory, tmp_path / "out", "--resume").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_broken_checkpoint_is_one_line(packed_directory: Path, tmp_path: Path) -> None:
