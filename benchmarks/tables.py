@@ -13,26 +13,30 @@ from collections import defaultdict
 
 
 def accuracy(record: dict) -> None:
-    """RTN beside the mean and standard deviation over the seeds of abq."""
+    """RTN beside the mean and standard deviation over the seeds of abq, on each text."""
     runs = defaultdict(list)
     for row in record["rows"]:
         runs[row["row"]].append(row)
     texts = list(record["texts"])
-    print("| scheme | bits/weight | " + " | ".join(f"{text}: rtn | abq" for text in texts) + " | seeds |")
-    print("|---|---|" + "---|---|" * len(texts) + "---|")
-    print("| fp32 | 32 | " + " | ".join(f"{record['fp32_perplexity'][text]:.2f} | " for text in texts) + " | |")
+    print("| | bits/weight | " + " | ".join(f"{text}: rtn | abq" for text in texts) + " |")
+    print("|---|---|" + "---|---|" * len(texts))
+    print("| fp32 | 32 | " + " | ".join(f"| {record['fp32_perplexity'][text]:.2f}" for text in texts) + " |")
     for key, rows in runs.items():
         scheme, method = key.split(":")[:2]
         if method == "rtn":
             continue
-        rtn, cells = runs[f"{scheme}:rtn"][0], []
+        cells = [scheme, f"{rows[0]['bits_per_weight']:.2f}"]
         for text in texts:
-            cells.append(f"{rtn[text]['perplexity']:.2f}, {rtn[text]['kl']:.4f}, {rtn[text]['top1_agreement']:.3f}")
-            figures = [[row[text][k] for row in rows] for k in ("perplexity", "kl", "top1_agreement")]
-            ppl, kl, top1 = map(statistics.mean, figures)
-            spread = statistics.stdev(figures[0]) if len(rows) > 1 else 0.0
-            cells.append(f"**{ppl:.2f}** ± {spread:.2f}, {kl:.4f}, {top1:.3f}")
-        print(f"| {scheme} | {rows[0]['bits_per_weight']:.2f} | " + " | ".join(cells) + f" | {len(rows)} |")
+            rtn = runs[f"{scheme}:rtn"][0][text]
+            cells.append(f"{_short(rtn['perplexity'])} (KL {_short(rtn['kl'])})")
+            perplexities, kl = [row[text]["perplexity"] for row in rows], statistics.mean(row[text]["kl"] for row in rows)
+            mean, spread = statistics.mean(perplexities), statistics.stdev(perplexities)
+            cells.append(f"{_short(mean)} ± {_short(spread)} (KL {_short(kl)})")
+        print("| " + " | ".join(cells) + " |")
+
+
+def _short(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.1f}" if x >= 100 else f"{x:.2f}" if x >= 0.1 else f"{x:.4f}"
 
 
 def ablation(record: dict) -> None:
