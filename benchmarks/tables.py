@@ -29,7 +29,10 @@ def accuracy(record: dict) -> None:
         for text in texts:
             rtn = runs[f"{scheme}:rtn"][0][text]
             cells.append(f"{_short(rtn['perplexity'])} (KL {_short(rtn['kl'])})")
-            perplexities, kl = [row[text]["perplexity"] for row in rows], statistics.mean(row[text]["kl"] for row in rows)
+            perplexities, kl = (
+                [row[text]["perplexity"] for row in rows],
+                statistics.mean(row[text]["kl"] for row in rows),
+            )
             mean, spread = statistics.mean(perplexities), statistics.stdev(perplexities)
             cells.append(f"{_short(mean)} ± {_short(spread)} (KL {_short(kl)})")
         print("| " + " | ".join(cells) + " |")

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from abq_llm.calibration.block import input_statistics
+from abq_llm.calibration.learned import CLIP_AT_START
 from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
 from abq_llm.calibration.transforms import apply, block_parameters, initial_log_scale
 from abq_llm.errors import AbqError
 from abq_llm.evaluation import evaluate
 from abq_llm.methods import METHODS, abq, method_by_name
-from abq_llm.methods.abq import CLIP_AT_START, Abq
+from abq_llm.methods.abq import Abq
 from abq_llm.quantize import quantize
 from abq_llm.quantizers import choose_qparams, fake_quantize, from_groups, to_groups
 from abq_llm.scheme import Scheme

@@ -1,19 +1,17 @@
-"""ABQ-LLM (Zeng et al., AAAI 2025, arXiv:2408.08554): balance vectors, learned clipping, compensation, DLC and AKL
-losses.
+"""ABQ-LLM (Zeng et al., AAAI 2025, arXiv:2408.08554).
 
-    W_q = Q( W diag(s) + a b^T ;  hi = sigmoid(gamma) max,  lo = sigmoid(beta) min )        learned: s, gamma, beta,
-    a, b
-    loss = -log cos(d_q, d_fp) - log cos(d_q, d*_fp) + KL(A_q || A_fp) + KL(A_fp || A_q)
+Learns balance vectors s, clips and compensation vectors a, b of one block (`calibration.learned`) by the losses
 
-Where this differs from the paper and from its published code, and what each part is worth, is in
-docs/methods/abq.md. Bit balance is not here: it is a property of the grid, `W2*`.
+    -log cos(d_q, d_fp) - log cos(d_q, d*_fp) + KL(A_q || A_fp) + KL(A_fp || A_q)        (`calibration.losses`)
+
+Where this differs from the paper and from its published code, and what each part is worth, is in docs/methods/abq.md.
+Bit balance is not here: it is a property of the grid, `W2*`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -22,22 +20,12 @@ from torch import Tensor
 from abq_llm.architectures.table import Pair, QueryKeyPair
 from abq_llm.attention import record_attention
 from abq_llm.calibration.block import BlockTask, InputStatistics, input_statistics
+from abq_llm.calibration.learned import CLIP_AT_START, LearnedWeights, Vectors
 from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
 from abq_llm.calibration.reconstruct import Group, reconstruct
-from abq_llm.calibration.transforms import (
-    Parameters,
-    apply,
-    block_parameters,
-    consumers,
-    initial_log_scale,
-    storable_log_scale,
-)
+from abq_llm.calibration.transforms import consumers, initial_log_scale
 from abq_llm.errors import AbqError
-from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, from_groups, to_groups
-
-CLIP_AT_START = 1 / (
-    1 + math.exp(-4)
-)  # a clip is sigmoid(logit) / sigmoid(4): it starts at exactly 1, where the slope is not 0
+from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, to_groups
 
 
 @dataclass(frozen=True)
@@ -68,27 +56,12 @@ class Abq:
         return _BlockFit(self, task).run()
 
 
-@dataclass
-class Vectors:
-    """What is learned in one block."""
-
-    balance: dict[Pair, Tensor] = field(default_factory=dict)  # log s
-    clip: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # group size -> logits [2, groups of all its linears, 1]: hi, lo
-    left: dict[str, Tensor] = field(default_factory=dict)  # a [N, 1]
-    right: dict[str, Tensor] = field(default_factory=dict)  # b [1, K]
-
-
 class _BlockFit:
     """Fit the vectors of one block and fold them into it."""
 
     def __init__(self, options: Abq, task: BlockTask) -> None:
         self.options, self.task = options, task
-        self.parameters = block_parameters(task.block)
-        self.sizes: dict[int, list[str]] = {}  # group size -> linears
-        for name, linear in task.linears.items():
-            self.sizes.setdefault(to_groups(linear.weight, task.scheme.group_size).shape[-1], []).append(name)
+        self.weights = LearnedWeights(task)
         self.generator = torch.Generator().manual_seed(task.seed * 1_000_003 + task.index)
         self.target = task.fp_output
         self.statistics = input_statistics(task, task.quantized_stream)
@@ -122,9 +95,10 @@ class _BlockFit:
             task.report(
                 f"block {task.index}: loss not finite, kept the best state (loss {outcome.after:.4g})", outcome.after
             )
-        return self._fold(vectors)
+        return self.weights.fold(vectors)
 
     def _start(self, statistics: InputStatistics) -> Vectors:
+        """Balance by the best alpha, clips of least error, compensation a b^T = 0."""
         options, task = self.options, self.task
         vectors = Vectors()
         if options.balance:
@@ -132,18 +106,18 @@ class _BlockFit:
             if options.search:
                 vectors.balance = self._best([self._balance(statistics, alpha) for alpha in options.alphas])
         if options.clipping:
-            moved = self._transform(vectors)
+            moved = self.weights.transformed(vectors)
             energy = dict(statistics.energy)
             for pair, log_scale in vectors.balance.items():
                 for name in consumers(pair):
                     repeats = len(energy[name]) // len(log_scale)
                     energy[name] = energy[name] / _spread(log_scale, repeats, task.head_dim).exp().square()
-            for size, names in self.sizes.items():
+            for size, names in self.weights.sizes.items():
                 logits = torch.cat([self._clip_logits(moved[f"{name}.weight"], energy[name]) for name in names])
                 vectors.clip[size] = torch.stack([logits, logits])
         if options.compensation and task.index in (0, task.count - 1):
             for name in task.architecture.compensated:
-                weight = self.parameters[f"{name}.weight"]
+                weight = self.weights.parameters[f"{name}.weight"]
                 vectors.left[name] = weight.new_zeros(weight.shape[0], 1)
                 vectors.right[name] = weight.new_ones(1, weight.shape[1])
         return vectors
@@ -164,7 +138,7 @@ class _BlockFit:
         do nothing.
         """
         return {
-            pair: initial_log_scale(pair, self.parameters, statistics.peak, self.task.head_dim, alpha)
+            pair: initial_log_scale(pair, self.weights.parameters, statistics.peak, self.task.head_dim, alpha)
             for pair in self.task.architecture.pairs
             if self.task.scheme.kv is not None or not isinstance(pair, QueryKeyPair)
         }
@@ -202,70 +176,12 @@ class _BlockFit:
         self, vectors: Vectors, hidden: Tensor, target: Tensor, second_target: Tensor, *teacher: Tensor
     ) -> Tensor:
         with record_attention(self.task.attention) as records:
-            output = self.task.forward(hidden, self._quantized(vectors), quantized=True)
+            output = self.task.forward(hidden, self.weights.quantized(vectors), quantized=True)
         loss = dlc_loss(output, target, second_target) if self.options.dlc else relative_mse(output, target)
         if teacher:
             queries, keys, rows = teacher
             loss = loss + akl_loss(records[0], (queries, keys), rows)
         return loss
-
-    def _transform(self, vectors: Vectors) -> Parameters:
-        parameters = self.parameters
-        for pair, log_scale in vectors.balance.items():
-            parameters = apply(pair, parameters, log_scale, self.task.head_dim)
-        for name, left in vectors.left.items():
-            weight = parameters[f"{name}.weight"]
-            parameters = {**parameters, f"{name}.weight": weight + left @ vectors.right[name]}
-        return parameters
-
-    def _grids(self, vectors: Vectors, parameters: Parameters) -> Iterator[tuple[list[str], Tensor, QParams]]:
-        """All groups of one size in one tensor, [groups of all linears, size], with their grids: far fewer kernels."""
-        scheme = self.task.scheme
-        assert scheme.weight is not None
-        for size, names in self.sizes.items():
-            groups = torch.cat(
-                [to_groups(parameters[f"{name}.weight"], scheme.group_size).flatten(0, 1) for name in names]
-            )
-            hi, lo = torch.sigmoid(vectors.clip[size]) / CLIP_AT_START if vectors.clip else (1.0, 1.0)
-            yield (
-                names,
-                groups,
-                choose_qparams(groups, scheme.weight, clip_hi=hi, clip_lo=lo, scale_dtype=self.task.scale_dtype),
-            )
-
-    def _split(self, names: list[str], groups: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The tensor of `_grids` back into one [N, groups, ...] for each linear."""
-        shapes = [self.parameters[f"{name}.weight"].shape for name in names]
-        counts = [(n, self.task.scheme.groups(k)) for n, k in shapes]
-        parts = groups.split([n * per_row for n, per_row in counts])
-        return ((name, part.unflatten(0, count)) for name, part, count in zip(names, parts, counts, strict=True))
-
-    def _quantized(self, vectors: Vectors) -> Parameters:
-        """The block's parameters as they will run: transformed, compensated, quantized; differentiable in the
-        vectors.
-        """
-        assert self.task.scheme.weight is not None
-        parameters = dict(self._transform(vectors))
-        for names, groups, grid in self._grids(vectors, parameters):
-            for name, fake in self._split(names, fake_quantize(groups, grid, self.task.scheme.weight)):
-                parameters[f"{name}.weight"] = from_groups(fake, self.parameters[f"{name}.weight"].shape[1])
-        return parameters
-
-    @torch.no_grad()
-    def _fold(self, vectors: Vectors) -> dict[str, QParams]:
-        """Write the transformed weights into the block and return the grids."""
-        vectors.balance = {
-            pair: storable_log_scale(pair, self.parameters, log_scale, self.task.storage_dtype)
-            for pair, log_scale in vectors.balance.items()
-        }
-        parameters = self._transform(vectors)
-        for name, parameter in self.task.block.named_parameters():
-            parameter.copy_(parameters[name])
-        grids: dict[str, QParams] = {}
-        for names, _, grid in self._grids(vectors, parameters):
-            scales, zero_points = self._split(names, grid.scale), self._split(names, grid.zero_point)
-            grids |= {name: QParams(scale, zero) for (name, scale), (_, zero) in zip(scales, zero_points, strict=True)}
-        return grids
 
 
 def _spread(log_scale: Tensor, repeats: int, head_dim: int) -> Tensor:

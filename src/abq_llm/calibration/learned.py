@@ -1,0 +1,102 @@
+"""What is learned in one block, and what it does to the block's weights: move scales, compensate, clip, quantize.
+
+    W_q = Q( W diag(s) + a b^T )        on the range [ clip_lo min, clip_hi max ] of each group
+
+`quantized` is differentiable in the vectors, for training; `fold` writes the result into the block once, for good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from abq_llm.architectures.table import Pair
+from abq_llm.calibration.block import BlockTask
+from abq_llm.calibration.transforms import Parameters, apply, block_parameters, storable_log_scale
+from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, from_groups, to_groups
+
+CLIP_AT_START = 1 / (1 + math.exp(-4))  # sigmoid(4): a clip starts at exactly 1, where the sigmoid still has a slope
+
+
+@dataclass
+class Vectors:
+    """What is learned in one block. An empty field leaves that part out."""
+
+    balance: dict[Pair, Tensor] = field(default_factory=dict)  # log s
+    clip: dict[int, Tensor] = field(default_factory=dict)  # group size -> logits [2, groups of its linears, 1]: hi, lo
+    left: dict[str, Tensor] = field(default_factory=dict)  # a [N, 1]
+    right: dict[str, Tensor] = field(default_factory=dict)  # b [1, K]
+
+
+class LearnedWeights:
+    """The weights of one block under `Vectors`."""
+
+    def __init__(self, task: BlockTask) -> None:
+        self.task = task
+        self.parameters = block_parameters(task.block)
+        self.sizes: dict[int, list[str]] = {}  # group size -> linears
+        for name, linear in task.linears.items():
+            self.sizes.setdefault(to_groups(linear.weight, task.scheme.group_size).shape[-1], []).append(name)
+
+    def transformed(self, vectors: Vectors) -> Parameters:
+        """The parameters with scales moved and compensation added; only the latter changes what the block computes."""
+        parameters = self.parameters
+        for pair, log_scale in vectors.balance.items():
+            parameters = apply(pair, parameters, log_scale, self.task.head_dim)
+        for name, left in vectors.left.items():
+            weight = parameters[f"{name}.weight"]
+            parameters = {**parameters, f"{name}.weight": weight + left @ vectors.right[name]}
+        return parameters
+
+    def quantized(self, vectors: Vectors) -> Parameters:
+        """The block's parameters as they will run: transformed, compensated, quantized; differentiable in the
+        vectors.
+        """
+        assert self.task.scheme.weight is not None
+        parameters = dict(self.transformed(vectors))
+        for names, groups, grid in self._grids(vectors, parameters):
+            for name, fake in self._split(names, fake_quantize(groups, grid, self.task.scheme.weight)):
+                parameters[f"{name}.weight"] = from_groups(fake, self.parameters[f"{name}.weight"].shape[1])
+        return parameters
+
+    @torch.no_grad()
+    def fold(self, vectors: Vectors) -> dict[str, QParams]:
+        """Write the transformed weights into the block and return the grids."""
+        vectors.balance = {
+            pair: storable_log_scale(pair, self.parameters, log_scale, self.task.storage_dtype)
+            for pair, log_scale in vectors.balance.items()
+        }
+        parameters = self.transformed(vectors)
+        for name, parameter in self.task.block.named_parameters():
+            parameter.copy_(parameters[name])
+        grids: dict[str, QParams] = {}
+        for names, _, grid in self._grids(vectors, parameters):
+            scales, zero_points = self._split(names, grid.scale), self._split(names, grid.zero_point)
+            grids |= {name: QParams(scale, zero) for (name, scale), (_, zero) in zip(scales, zero_points, strict=True)}
+        return grids
+
+    def _grids(self, vectors: Vectors, parameters: Parameters) -> Iterator[tuple[list[str], Tensor, QParams]]:
+        """All groups of one size in one tensor, [groups of all linears, size], with their grids: far fewer kernels."""
+        scheme = self.task.scheme
+        assert scheme.weight is not None
+        for size, names in self.sizes.items():
+            groups = torch.cat(
+                [to_groups(parameters[f"{name}.weight"], scheme.group_size).flatten(0, 1) for name in names]
+            )
+            hi, lo = torch.sigmoid(vectors.clip[size]) / CLIP_AT_START if vectors.clip else (1.0, 1.0)
+            yield (
+                names,
+                groups,
+                choose_qparams(groups, scheme.weight, clip_hi=hi, clip_lo=lo, scale_dtype=self.task.scale_dtype),
+            )
+
+    def _split(self, names: list[str], groups: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensor of `_grids` back into one [N, groups, ...] for each linear."""
+        shapes = [self.parameters[f"{name}.weight"].shape for name in names]
+        counts = [(n, self.task.scheme.groups(k)) for n, k in shapes]
+        parts = groups.split([n * per_row for n, per_row in counts])
+        return ((name, part.unflatten(0, count)) for name, part, count in zip(names, parts, counts, strict=True))
