@@ -318,3 +318,13 @@ def test_missing_calibration_is_refused():
 def test_epochs_of_quantize_are_those_of_the_method():
     report = quantize(tiny_model(), "W4A8", Abq(akl=False), calibration(2), device="cpu", epochs=0)
     assert report.provenance["options"]["epochs"] == 0 and report.provenance["options"]["akl"] is False
+
+
+def test_mixed_precision_learns_nearly_the_same():
+    losses = []
+    for autocast in (None, torch.bfloat16):
+        model = tiny_model()
+        report = quantize(model, "W4A4", Abq(epochs=2), calibration(), device="cpu", batch_size=4, autocast=autocast)
+        losses.append(torch.tensor(report.block_losses))
+    assert not torch.equal(*losses)
+    assert torch.allclose(*losses, rtol=0.25)
