@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abq_llm.architectures.table import Pair, QueryKeyPair
 from abq_llm.attention import record_attention
-from abq_llm.calibration.block import BlockTask, input_statistics
+from abq_llm.calibration.block import BlockTask, InputStatistics, input_statistics
 from abq_llm.calibration.learned import CLIP_AT_START, LearnedWeights, Vectors
 from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
 from abq_llm.calibration.reconstruct import Group, reconstruct
@@ -74,7 +74,7 @@ class _BlockFit:
 
     def run(self) -> dict[str, QParams]:
         task, options = self.task, self.options
-        vectors = self._start()
+        vectors = self._start(self.statistics)
         outcome = reconstruct(
             [
                 Group(tuple(vectors.balance.values()), options.lr_balance),
@@ -97,56 +97,48 @@ class _BlockFit:
             )
         return self.weights.fold(vectors)
 
-    @torch.no_grad()
-    def _start(self) -> Vectors:
-        """The start of least held-out loss: balance by each alpha or none, each with its own clips; a b^T = 0."""
-        options = self.options
-        balances: list[dict[Pair, Tensor]] = [{}]
+    def _start(self, statistics: InputStatistics) -> Vectors:
+        """Balance by the best alpha, clips of least error, compensation a b^T = 0."""
+        options, task = self.options, self.task
+        vectors = Vectors()
         if options.balance:
-            balances = [self._balance(alpha) for alpha in (options.alphas if options.search else (0.5,))]
+            vectors.balance = self._balance(statistics, 0.5)
             if options.search:
-                balances.append({pair: torch.zeros_like(log_scale) for pair, log_scale in balances[0].items()})
-        starts = [Vectors(balance, self._clips(balance), *self._compensation()) for balance in balances]
-        if len(starts) == 1:
-            return starts[0]
-        losses = [0.0] * len(starts)
+                vectors.balance = self._best([self._balance(statistics, alpha) for alpha in options.alphas])
+        if options.clipping:
+            moved = self.weights.transformed(vectors)
+            energy = dict(statistics.energy)
+            for pair, log_scale in vectors.balance.items():
+                for name in consumers(pair):
+                    repeats = len(energy[name]) // len(log_scale)
+                    energy[name] = energy[name] / _spread(log_scale, repeats, task.head_dim).exp().square()
+            for size, names in self.weights.sizes.items():
+                logits = torch.cat([self._clip_logits(moved[f"{name}.weight"], energy[name]) for name in names])
+                vectors.clip[size] = torch.stack([logits, logits])
+        if options.compensation and task.index in (0, task.count - 1):
+            for name in task.architecture.compensated:
+                weight = self.weights.parameters[f"{name}.weight"]
+                vectors.left[name] = weight.new_zeros(weight.shape[0], 1)
+                vectors.right[name] = weight.new_ones(1, weight.shape[1])
+        return vectors
+
+    @torch.no_grad()
+    def _best(self, candidates: list[dict[Pair, Tensor]]) -> dict[Pair, Tensor]:
+        """The candidate of least held-out loss, among them no balance at all."""
+        candidates = [*candidates, {pair: torch.zeros_like(log_scale) for pair, log_scale in candidates[0].items()}]
+        losses = [0.0] * len(candidates)
         for samples in self.held_out.split(self.task.batch_size):
             batch = self._fetch(samples, False)
-            for i, vectors in enumerate(starts):
-                losses[i] += float(self._loss(vectors, *batch)) * len(samples)
-        return starts[min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))]
+            for i, balance in enumerate(candidates):
+                losses[i] += float(self._loss(Vectors(balance), *batch)) * len(samples)
+        return candidates[min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))]
 
-    def _clips(self, balance: dict[Pair, Tensor]) -> dict[int, Tensor]:
-        """Group size -> logits of the clips to start with, under this balance."""
-        if not self.options.clipping:
-            return {}
-        moved, energy = self.weights.transformed(Vectors(balance)), dict(self.statistics.energy)
-        for pair, log_scale in balance.items():
-            for name in consumers(pair):
-                repeats = len(energy[name]) // len(log_scale)
-                energy[name] = energy[name] / _spread(log_scale, repeats, self.task.head_dim).exp().square()
-        logits = {
-            size: torch.cat([self._clip_logits(moved[f"{name}.weight"], energy[name]) for name in names])
-            for size, names in self.weights.sizes.items()
-        }
-        return {size: torch.stack([both, both]) for size, both in logits.items()}
-
-    def _compensation(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """a = 0 and b = 1 for the compensated linears of the first and the last block."""
-        if not self.options.compensation or self.task.index not in (0, self.task.count - 1):
-            return {}, {}
-        weights = {name: self.weights.parameters[f"{name}.weight"] for name in self.task.architecture.compensated}
-        return (
-            {name: weight.new_zeros(weight.shape[0], 1) for name, weight in weights.items()},
-            {name: weight.new_ones(1, weight.shape[1]) for name, weight in weights.items()},
-        )
-
-    def _balance(self, alpha: float) -> dict[Pair, Tensor]:
+    def _balance(self, statistics: InputStatistics, alpha: float) -> dict[Pair, Tensor]:
         """Where the balance vectors start. Queries and keys take part only if keys are quantized: else their scales
         do nothing.
         """
         return {
-            pair: initial_log_scale(pair, self.weights.parameters, self.statistics.peak, self.task.head_dim, alpha)
+            pair: initial_log_scale(pair, self.weights.parameters, statistics.peak, self.task.head_dim, alpha)
             for pair in self.task.architecture.pairs
             if self.task.scheme.kv is not None or not isinstance(pair, QueryKeyPair)
         }
