@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from abq_llm import attention
 from abq_llm.architectures import Architecture, architecture_of
-from abq_llm.calibration.blockwise import Calibration, Progress, fingerprint, quantize_blocks
+from abq_llm.calibration.blockwise import Calibration, Progress, quantize_blocks
 from abq_llm.checkpoint import packed_size
 from abq_llm.data import TokenSet
 from abq_llm.devices import pick_device
@@ -103,7 +103,7 @@ def quantize(
     }
     if work_dir is not None:
         inputs = {"config": model.config.to_json_string(), "weights": _hash(model), **provenance}
-        _claim(work_dir, fingerprint(scheme=asdict(scheme), **inputs))
+        _claim(work_dir, {"scheme": asdict(scheme), **inputs})
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
     attention.register()
@@ -149,8 +149,9 @@ def _hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _claim(work_dir: Path, run: str) -> None:
-    """Mark `work_dir` as this run's, or make sure that it already is."""
+def _claim(work_dir: Path, inputs: dict[str, Any]) -> None:
+    """Mark `work_dir` as the run's that `inputs` decide, or make sure that it already is."""
+    run = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
     mark = work_dir / "run.json"
     work_dir.mkdir(parents=True, exist_ok=True)
     if not any(work_dir.iterdir()):

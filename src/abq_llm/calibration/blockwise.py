@@ -6,7 +6,6 @@ recomputes the streams through them, so an interrupted run ends in the same byte
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -139,11 +138,6 @@ def capture(
     if place.type == "cuda" and size > torch.cuda.mem_get_info(place)[0] / 16:  # four streams and the teacher's keys
         place = torch.device("cpu")
     return torch.cat(hidden).to(place), {name: _to(value, settings.device) for name, value in call.items()}
-
-
-def fingerprint(**inputs: object) -> str:
-    """A hash of everything that decides the result, to tell whether partial results belong to this run."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _pack(task: BlockTask, grids: dict[str, Any]) -> dict[str, QuantLinear]:
