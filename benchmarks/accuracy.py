@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--fake", action="store_true")
+    parser.add_argument("--commit", help="of the code, where the tree has no git history")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
@@ -120,7 +121,8 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None,
+        "commit": args.commit
+        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "arguments": {
             k: str(Path(v).name) if k in ("model", "calib", "out") else v
             for k, v in vars(args).items()

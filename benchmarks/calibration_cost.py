@@ -1,10 +1,8 @@
 """Cost of calibrating with abq: a model, or one decoder block of LLaMA-7B's shape with random weights. Writes one
 JSON record.
 
-    python benchmarks/calibration_cost.py --scheme W4A4 --epochs 20 --out benchmarks/results/NAME.json            #
-    LLaMA-7B block
-    python benchmarks/calibration_cost.py --model MODEL --calib FILE --blocks 2 --scheme W4A4 --out ...           #
-    part of a model
+    python benchmarks/calibration_cost.py --scheme W4A4 --epochs 20 --out benchmarks/results/NAME.json   # 7B block
+    python benchmarks/calibration_cost.py --model MODEL --calib FILE --blocks 2 --scheme W4A4 --out ...
 
 Times are of one run. `training_seconds` is what grows with the epochs; the rest (both streams, statistics, searches,
 packing) does not.
@@ -46,6 +44,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--autocast", choices=("none", "bfloat16"), default="none")
+    parser.add_argument("--offload", action="store_true", help="streams in host memory, as on a small GPU")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
@@ -64,10 +63,19 @@ def main() -> None:
     def progress(block: int, blocks: int, loss: float | None, message: str) -> None:
         if message.startswith("epoch") and block == 0:
             marks.append(time.monotonic())
+        if message == "done":
+            print(f"block {block + 1}/{blocks} loss {loss}", flush=True)
 
     autocast = None if args.autocast == "none" else torch.bfloat16
     report = quantize(
-        model, args.scheme, Abq(epochs=args.epochs), tokens, batch_size=args.batch, autocast=autocast, progress=progress
+        model,
+        args.scheme,
+        Abq(epochs=args.epochs),
+        tokens,
+        batch_size=args.batch,
+        autocast=autocast,
+        offload=args.offload or None,
+        progress=progress,
     )
     blocks = len(report.block_losses)
     per_epoch = (marks[-1] - marks[0]) / (len(marks) - 1)

@@ -52,6 +52,7 @@ def quantize(
     batch_size: int = 1,
     epochs: int | None = None,
     autocast: torch.dtype | None = None,
+    offload: bool | None = None,
     work_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -65,6 +66,7 @@ def quantize(
         device: where one block at a time is calibrated; "auto" is the first GPU or else the CPU.
         epochs: shorthand for the method's option of that name.
         autocast: torch.bfloat16 for mixed precision, None for fp32.
+        offload: whether the calibration streams stay in host memory; None: if the GPU has little to spare.
         work_dir: where finished blocks are kept; complete ones found there are reused.
         progress: called with (block, blocks, loss or None, message).
 
@@ -89,7 +91,7 @@ def quantize(
             f"samples of a vocabulary of {model.config.vocab_size}"
         )
     place = pick_device(device)
-    settings = Calibration(device=place, seed=seed, batch_size=batch_size, autocast=autocast)
+    settings = Calibration(device=place, seed=seed, batch_size=batch_size, autocast=autocast, offload=offload)
     provenance = {
         "method": method.name,
         "options": asdict(method),  # type: ignore[call-overload]

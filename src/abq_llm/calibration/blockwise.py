@@ -30,12 +30,15 @@ Progress = Callable[[int, int, float | None, str], None]
 
 @dataclass(frozen=True)
 class Calibration:
-    """How to calibrate. `autocast`: None for fp32 arithmetic, or torch.bfloat16."""
+    """How to calibrate. `autocast`: None for fp32 arithmetic, or torch.bfloat16. `offload`: keep the streams in host
+    memory; None does so when they would take more than a quarter of the GPU's free memory.
+    """
 
     device: torch.device
     seed: int = 0
     batch_size: int = 1
     autocast: torch.dtype | None = None
+    offload: bool | None = None
     scale_dtype: torch.dtype = torch.float16
 
 
@@ -53,8 +56,7 @@ def quantize_blocks(
     measured).
 
     tokens: int64 [samples, seqlen], or None for a method that needs no data. One block at a time is fp32 on the
-    device; model and streams stay where they are (the streams on the device if they take less than a quarter of its
-    free memory).
+    device; the model stays where it is, the streams on the device or in host memory (`Calibration.offload`).
     """
     blocks = model.get_submodule(architecture.blocks)
     assert isinstance(blocks, nn.ModuleList)
@@ -133,11 +135,13 @@ def capture(
                 model(sample[None].to(home), use_cache=False)
     finally:
         handle.remove()
-    size = sum(h.numel() for h in hidden) * 4
-    place = settings.device
-    if place.type == "cuda" and size > torch.cuda.mem_get_info(place)[0] / 16:  # four streams and the teacher's keys
-        place = torch.device("cpu")
-    return torch.cat(hidden).to(place), {name: _to(value, settings.device) for name, value in call.items()}
+    place, offload = settings.device, settings.offload
+    if offload is None and place.type == "cuda":
+        size = sum(h.numel() for h in hidden) * 4
+        offload = size > torch.cuda.mem_get_info(place)[0] / 16  # four streams and the teacher's queries and keys
+    return torch.cat(hidden).to("cpu" if offload else place), {
+        name: _to(value, settings.device) for name, value in call.items()
+    }
 
 
 def _pack(task: BlockTask, grids: dict[str, Any]) -> dict[str, QuantLinear]:
