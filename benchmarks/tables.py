@@ -1,7 +1,7 @@
 """Markdown tables from the records under benchmarks/results, as they stand in README and docs.
 
-python benchmarks/tables.py accuracy benchmarks/results/smollm2_h100.json
-python benchmarks/tables.py ablation benchmarks/results/smollm2_ablation_cpu.json
+python benchmarks/tables.py accuracy benchmarks/results/smollm2_h100.json benchmarks/results/smollm2_w2_h100.json
+python benchmarks/tables.py ablation benchmarks/results/smollm2_ablation_h100.json
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from collections import defaultdict
 
 def accuracy(record: dict) -> None:
     """RTN beside the mean and standard deviation over the seeds of abq, on each text."""
-    runs = defaultdict(list)
-    for row in record["rows"]:
-        runs[row["row"]].append(row)
-    texts = list(record["texts"])
+    runs, texts = _runs(record), list(record["texts"])
     print("| | bits/weight | " + " | ".join(f"{text}: rtn | abq" for text in texts) + " |")
     print("|---|---|" + "---|---|" * len(texts))
     print("| fp32 | 32 | " + " | ".join(f"| {record['fp32_perplexity'][text]:.2f}" for text in texts) + " |")
@@ -29,30 +26,51 @@ def accuracy(record: dict) -> None:
         for text in texts:
             rtn = runs[f"{scheme}:rtn"][0][text]
             cells.append(f"{_short(rtn['perplexity'])} (KL {_short(rtn['kl'])})")
-            perplexities, kl = (
-                [row[text]["perplexity"] for row in rows],
-                statistics.mean(row[text]["kl"] for row in rows),
-            )
-            mean, spread = statistics.mean(perplexities), statistics.stdev(perplexities)
-            cells.append(f"{_short(mean)} ± {_short(spread)} (KL {_short(kl)})")
+            cells.append(f"{_spread(rows, text, 'perplexity')} (KL {_short(_mean(rows, text, 'kl'))})")
         print("| " + " | ".join(cells) + " |")
+
+
+def ablation(record: dict) -> None:
+    """One line a row: what was switched off, and the figures on each text, over the seeds."""
+    texts = list(record["texts"])
+    print("| scheme | switched off | " + " | ".join(f"{text}: perplexity | KL | top-1" for text in texts) + " |")
+    print("|---|---|" + "---|---|---|" * len(texts))
+    for key, rows in _runs(record).items():
+        scheme, _, *options = key.split(":")
+        cells = [scheme, ", ".join(options).replace("=False", "") or "-"]
+        for text in texts:
+            kl, agreement = _mean(rows, text, "kl"), _mean(rows, text, "top1_agreement")
+            cells += [_spread(rows, text, "perplexity"), _short(kl), f"{agreement:.3f}"]
+        print("| " + " | ".join(cells) + " |")
+
+
+def _runs(record: dict) -> dict[str, list[dict]]:
+    """Row -> its runs, one for each seed."""
+    runs = defaultdict(list)
+    for row in record["rows"]:
+        runs[row["row"]].append(row)
+    return runs
+
+
+def _mean(rows: list[dict], text: str, figure: str) -> float:
+    return statistics.mean(row[text][figure] for row in rows)
+
+
+def _spread(rows: list[dict], text: str, figure: str) -> str:
+    """Mean ± standard deviation; the figure itself if there is one seed."""
+    values = [row[text][figure] for row in rows]
+    deviation = f" ± {_short(statistics.stdev(values))}" if len(values) > 1 else ""
+    return _short(statistics.mean(values)) + deviation
 
 
 def _short(x: float) -> str:
     return f"{x:,.0f}" if x >= 1000 else f"{x:.1f}" if x >= 100 else f"{x:.2f}" if x >= 0.1 else f"{x:.4f}"
 
 
-def ablation(record: dict) -> None:
-    """One line a row: what was switched off, and the figures on each text."""
-    texts = list(record["texts"])
-    print("| scheme | switched off | " + " | ".join(f"{text}: perplexity | KL | top-1" for text in texts) + " |")
-    print("|---|---|" + "---|---|---|" * len(texts))
-    for row in record["rows"]:
-        scheme, _, *options = row["row"].split(":")
-        figures = [f"{row[t]['perplexity']:.2f} | {row[t]['kl']:.4f} | {row[t]['top1_agreement']:.3f}" for t in texts]
-        print(f"| {scheme} | {', '.join(options).replace('=False', '') or '-'} | " + " | ".join(figures) + " |")
-
-
 if __name__ == "__main__":
-    with open(sys.argv[2]) as file:
-        {"accuracy": accuracy, "ablation": ablation}[sys.argv[1]](json.load(file))
+    records = []
+    for path in sys.argv[2:]:
+        with open(path) as file:
+            records.append(json.load(file))
+    merged = {**records[0], "rows": [row for record in records for row in record["rows"]]}
+    {"accuracy": accuracy, "ablation": ablation}[sys.argv[1]](merged)
