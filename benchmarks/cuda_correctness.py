@@ -1,0 +1,184 @@
+"""Every CUDA kernel against exact integers, over a sample of schemes x shapes x tiles. Writes one JSON record.
+
+    python benchmarks/cuda_correctness.py --cases 2000 --jobs 12 --out benchmarks/results/cuda_correctness_h100.json
+
+A case draws a scheme, a shape, and one plan: what the heuristic takes, or any candidate. Two comparisons each:
+
+    integers  all scales are 1 and every sum is below 2^24, so the fp32 output is the integer itself: it must be equal
+    floats    random scales against the reference backend in fp32: equal per channel, within 1e-5 of the output's
+              largest value with groups (another order of the same fp32 sums)
+
+With 16-bit activations, the output is compared with fp64 products of the dequantized weight: relative error of the
+whole output below 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+TOKENS = (1, 1, 1, 2, 3, 4, 7, 8, 16, 17, 33, 64, 200, 2048)
+COLUMNS = (32, 96, 576, 1000, 1536, 4096, 11008)
+ROWS = (8, 100, 192, 576, 4096, 11008, 32000)
+GROUPS = (0, 0, 0, 64, 128, 32, 96, 192, 256, 40)
+
+
+def draw(rng: random.Random) -> dict:
+    while True:
+        bits = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 16))
+        m, n, k = rng.choice(TOKENS), rng.choice(ROWS), rng.choice(COLUMNS)
+        if m * n * k <= 3e10:
+            break
+    star = "*" if rng.random() < 0.2 else ""
+    group = rng.choice(GROUPS)
+    return {
+        "scheme": f"W{rng.randint(1, 8)}{star}A{bits}" + (f"g{group}" if group else ""),
+        "symmetric": (not star and rng.random() < 0.3, bits > 1 and rng.random() < 0.3),
+        "shape": (m, n, k),
+        "dtype": rng.choice(("float32", "float16", "bfloat16")),
+        "bias": rng.random() < 0.3,
+        "plan": None if rng.random() < 0.4 else rng.random(),
+    }
+
+
+def check(case: dict) -> tuple[str, str | None]:
+    """(path, what is wrong or None)."""
+    from abq_llm.kernels import cuda, reference
+    from abq_llm.kernels.cuda import plan
+    from abq_llm.kernels.cuda.problem import Problem
+    from abq_llm.packing import pack_planes
+    from abq_llm.scheme import Scheme
+
+    scheme = Scheme.parse(
+        case["scheme"], weight_symmetric=case["symmetric"][0], activation_symmetric=case["symmetric"][1]
+    )
+    weight_format, activation = scheme.weight, scheme.activation
+    assert weight_format is not None and scheme.planes is not None
+    m, n, k = case["shape"]
+    problem, gpu = Problem.of(m, n, k, scheme), cuda.gpu(0)
+    plans = plan.candidates(problem, gpu)
+    chosen = plan.choose(problem, gpu) if case["plan"] is None else plans[int(case["plan"] * len(plans))]
+
+    groups = scheme.groups(k)
+    codes = torch.randint(0, weight_format.qmax + 1, (n, k), device="cuda")
+    zero = torch.randint(0, min(weight_format.qmax, 255) + 1, (n, groups), device="cuda")
+    if case["plan"] is None or m > 64:  # zero points near the middle keep sums small
+        zero = torch.full_like(zero, (weight_format.qmax + 1) // 2)
+    packed = pack_planes(codes, scheme.planes)
+    zeros = [] if weight_format.fixed_zero_point is not None else [zero.to(torch.uint8)]
+    bias = torch.randn(n, device="cuda") if case["bias"] else None
+    dtype = getattr(torch, case["dtype"])
+
+    scale = torch.rand(n, groups, device="cuda").mul(0.01).add(1e-3).half()
+    weight = [packed, scale, *zeros]
+    x = (torch.randn(m, k, device="cuda") * 3 + 0.5).to(dtype)
+    poison = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+    del poison  # so that what is not written is likely NaN
+    y = cuda.run(chosen, problem, x, cuda.prepare(weight, scheme, k), bias)
+    if activation is None:
+        exact = x.double() @ reference.dequantize_weight(weight, scheme, k).double().t()
+        exact = exact if bias is None else exact + bias
+        error = float((y.double() - exact).norm() / exact.norm())
+        limit = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 8e-3}[case["dtype"]]
+        return chosen.path, None if error <= limit else f"relative error {error:.2e}"
+    expected = reference.linear(x, weight, bias, scheme)
+    if problem.group_size or scheme.group_size:
+        error = float((y.float() - expected.float()).abs().max() / expected.float().abs().max())
+        limit = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}[case["dtype"]]
+        if not error <= limit:
+            return chosen.path, f"floats: error {error:.2e} of the largest"
+    elif not torch.equal(y, expected):
+        wrong = y != expected
+        return chosen.path, f"floats: {int(wrong.sum())} of {wrong.numel()} differ"
+
+    fixed = activation.fixed_zero_point
+    z_x = activation.qmax // 3 if fixed is None else fixed
+    x = torch.randint(0, activation.qmax + 1, (m, k), device="cuda") - z_x
+    x[:, 0], x[:, -1] = (
+        (-z_x, activation.qmax - z_x) if fixed is None else (z_x - activation.qmax, activation.qmax - z_x)
+    )
+    if fixed is not None:
+        x = x.clamp(z_x - activation.qmax or -1, activation.qmax - z_x)
+        x[:, 0] = z_x - activation.qmax or -1
+    weight = [packed, torch.ones_like(scale), *zeros]
+    y = cuda.run(chosen, problem, x.float(), cuda.prepare(weight, scheme, k), None)
+    z_w = (zero if zeros else torch.full_like(zero, weight_format.fixed_zero_point or 0)).repeat_interleave(
+        scheme.group_size or k, 1
+    )[:, :k]
+    expected = (x.double() @ (codes - z_w).double().t()).float()
+    if float(expected.abs().max()) >= 2**24:
+        return chosen.path, None  # not comparable in fp32
+    if not torch.equal(y, expected):
+        wrong = y != expected
+        return (
+            chosen.path,
+            f"integers: {int(wrong.sum())} of {wrong.numel()} differ, by up to {(y - expected).abs().max()}",
+        )
+    return chosen.path, None
+
+
+def run(cases: list[dict], seconds: float) -> tuple[Counter, list[dict]]:
+    torch.manual_seed(cases[0]["seed"])
+    paths: Counter = Counter()
+    failures = []
+    started = time.monotonic()
+    for case in cases:
+        if time.monotonic() - started > seconds:
+            break
+        try:
+            path, wrong = check(case)
+            torch.cuda.synchronize()
+        except Exception as error:
+            path, wrong = "error", f"{type(error).__name__}: {error}"[:400]
+        paths[path] += 1
+        if wrong:
+            failures.append({**case, "path": path, "wrong": wrong})
+            print(json.dumps(failures[-1]), flush=True)
+            if "CUDA" in wrong and "error" in wrong.lower():
+                break  # the context is lost
+    return paths, failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop drawing cases after this long")
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="of the code, where the tree has no git history")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    cases = [{**draw(rng), "seed": args.seed + i} for i in range(args.cases)]
+    started = time.time()
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        parts = list(pool.map(run, [cases[i :: args.jobs] for i in range(args.jobs)], [args.seconds] * args.jobs))
+    paths = sum((part[0] for part in parts), Counter())
+    failures = [failure for part in parts for failure in part[1]]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    record = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "commit": args.commit or head,
+        "seconds": time.time() - started,
+        "cases": sum(paths.values()),
+        "paths": dict(paths),
+        "failures": failures,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{record['cases']} cases, {len(failures)} failures, {dict(paths)}, {record['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The GPU backend: bit-planes on tensor cores, compiled on demand.
+
+x -> `activations.quantize` -> codes -> `decode` | `gemm_mma` | `gemm_wgmma` -> y; `plan` says which.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, plan
+from abq_llm.kernels.cuda.layout import prepare as prepare
+from abq_llm.kernels.cuda.plan import Gpu, Plan
+from abq_llm.kernels.cuda.problem import Problem
+from abq_llm.scheme import Scheme
+
+
+def available(device: torch.device) -> str | None:
+    """None if this backend can run on `device`, else the reason why not."""
+    if device.type != "cuda":
+        return "it needs an NVIDIA GPU"
+    return _missing(device.index)
+
+
+@lru_cache
+def _missing(index: int | None) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"compute capability {major}.{minor}; the kernels need 8.0 or newer"
+    if missing := [name for name in ("cuda.core", "cuda.bindings") if not _has(name)]:
+        return f"{' and '.join(missing)} missing: pip install 'abq-llm[cuda]'"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return f"no driver: {error}"
+    return None
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, scheme: Scheme) -> Tensor:
+    """x [M, K], weight of `prepare` -> [M, N] in the dtype of x (fp16, bf16 or fp32)."""
+    problem = Problem.of(x.shape[0], weight[-1].shape[0], x.shape[1], scheme)
+    if not problem.m:
+        return x.new_empty(0, problem.n)
+    return run(plan.choose(problem, gpu(x.get_device())), problem, x, weight, bias)
+
+
+@lru_cache
+def gpu(index: int) -> Gpu:
+    facts = torch.cuda.get_device_properties(index)
+    limit = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu(10 * facts.major + facts.minor, facts.multi_processor_count, limit)
+
+
+def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: Tensor | None) -> Tensor:
+    """`linear` by a given plan."""
+    x = x.contiguous()
+    tile = chosen.tile
+    if tile is None:
+        dense = dequantize.dequantize(weight, problem, x)
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    bias = None if bias is None else bias.float()
+    if isinstance(tile, decode.Tile):
+        return decode.run(tile, x, weight, bias, problem)
+    planes, scale, zero, total, _ = weight
+    binary, grouped = chosen.path == "wgmma_b1", problem.group_size > 0
+    layout = activations.PLANE_BYTES if binary else activations.BYTES
+    tokens = max(8, tile.tokens)
+    token = activations.quantize(x, problem, layout, tokens=tokens, group_sums=grouped)
+    y = x.new_empty(problem.m, problem.n)
+    if isinstance(tile, gemm_mma.Tile):
+        codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
+        gemm_mma.run(
+            planes, codes, scale, zero, total, token.scale, token.zero, token.sums, bias, y,
+            group_words=problem.group_words, tile=tile, programmatic=True,
+        )  # fmt: skip
+    elif binary:
+        codes = token.codes.view(torch.uint8).view(problem.k_blocks, problem.bits, 2, -1, 8, 16)
+        gemm_wgmma.run_b1(tile, y, codes, token[1:], planes, (scale, zero, total), bias, programmatic=True)
+    else:
+        codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
+        gemm_wgmma.run(
+            tile, y, codes, token[1:], planes, (scale, zero, total), bias,
+            group_words=problem.group_words, programmatic=True,
+        )  # fmt: skip
+    return y

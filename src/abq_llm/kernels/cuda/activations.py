@@ -1,0 +1,81 @@
+"""Activations -> codes in the layout that a product wants, and what its corrections need: `src/quantize.cuh`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from abq_llm.kernels.cuda import jit, launch
+from abq_llm.kernels.cuda.problem import BLOCK, Problem
+
+THREADS = 256
+TYPE_NAMES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
+FRAGMENTS, BYTES, PLANE_BYTES = 0, 1, 2  # layouts, as in the kernel
+PLAIN, RMS_NORM, SILU_MUL = 0, 1, 2  # prologues
+
+
+class Quantized(NamedTuple):
+    """x ~ (codes - zero) * scale, token by token. `sums` of codes: int32 [tokens], or [groups, tokens]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    sums: Tensor
+
+
+def columns_per_token(bits: int) -> int:
+    """Columns of the binary product that one token takes."""
+    return 2 if bits <= 2 else 4 if bits <= 4 else 8 if bits <= 8 else 16
+
+
+def quantize(
+    x: Tensor,
+    problem: Problem,
+    layout: int,
+    *,
+    tokens: int = 8,
+    prologue: int = PLAIN,
+    other: Tensor | None = None,
+    epsilon: float = 0.0,
+    group_sums: bool = False,
+) -> Quantized:
+    """x [M, K], contiguous -> codes.
+
+    tokens: pad to a multiple (itself of 8). The filling is not written: it only reaches outputs that nobody keeps.
+    prologue: RMS_NORM with `other` the norm's weight [K], or SILU_MUL with x the gate and `other` up [M, K].
+    """
+    m, k_blocks, bits = len(x), problem.k_blocks, problem.bits
+    padded = -(-m // tokens) * tokens
+    tiles = padded * columns_per_token(bits) // 8 if layout == FRAGMENTS else padded // 8
+    size = k_blocks * tiles * {FRAGMENTS: 64, BYTES: 8 * BLOCK // 4, PLANE_BYTES: bits * 64}[layout]
+    empty = x.new_empty
+    out = Quantized(
+        empty(size, dtype=torch.int32),
+        empty(k_blocks * m if bits == 16 else padded, dtype=torch.float32),
+        empty(padded, dtype=torch.int32),
+        empty((problem.groups, padded) if group_sums else padded, dtype=torch.int32),
+    )
+    constants: dict[str, bool | int | str] = {
+        "T": TYPE_NAMES[x.dtype],
+        "bits": bits,
+        "columns": columns_per_token(bits),
+        "symmetric": problem.symmetric,
+        "layout": layout,
+        "prologue": prologue,
+        "group_sums": group_sums,
+        "threads": THREADS,
+        **problem.columns(),
+    }
+    kernel = jit.load("quantize", "quantize", constants, x.device)
+    sums, groups = (empty(padded, dtype=torch.int32), out.sums) if group_sums else (out.sums, None)
+    launch.launch(
+        kernel,
+        (m, 1, 1),
+        (THREADS, 1, 1),
+        [x, other, float(epsilon), out.codes, out.scale, out.zero, sums, groups, m, problem.k, k_blocks, tiles],
+        shared_bytes=4 * problem.groups if group_sums else 0,
+        programmatic=True,
+    )
+    return out

@@ -1,0 +1,266 @@
+"""Integer product on `mma.sync`: y[M, N] = x[M, K] W[N, K]^T for any GPU from sm_80 on. The kernel: `src/gemm_mma.cuh`.
+
+The tile is chosen by a model of what an SM does per block of 256 columns: integers in, tile out. Its constants are
+those of an H100; only their ratios matter, and `abq tune` measures instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from abq_llm.errors import AbqError
+from abq_llm.kernels.cuda import jit, launch
+
+SMALLEST_SHARED_LIMIT = (
+    99 * 1024
+)  # bytes a block may have on sm_86, 89, 120; on sm_80 163 KiB, on sm_90 and 100 227 KiB
+TYPE_NAMES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A thread block computes `tokens` x `rows` outputs, over 1 / split_k of the columns."""
+
+    tokens: int  # 8, 16, 32, 64 or 128
+    warps_rows: int  # warps side by side, which share the tokens in shared memory
+    row_tiles: int  # 16-row tiles per warp
+    warps_k: int  # slices of the columns within the block
+    stages: int  # blocks of 256 columns in the queue of a slice
+    split_k: int = 1  # slices over blocks, added through global memory
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.row_tiles * self.warps_rows
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_rows * self.warps_k
+
+
+def shared_bytes(tile: Tile, planes: int, group_words: int = 0, zero_point: bool = False) -> int:
+    """Dynamic shared memory of a block, as in `GemmMma` of the kernel (which refuses to compile when they differ).
+
+    group_words: columns of a group / 32, 0 for a scale per channel.
+    """
+    slots = 0
+    if group_words:  # groups that meet a block of 8 words
+        slots = max((8 * kb + 7) // group_words - 8 * kb // group_words + 1 for kb in range(group_words))
+    zeros = slots if zero_point else 0
+    stage = 256 * tile.tokens + 32 * planes * tile.rows + (4 * slots + zeros) * tile.rows + 4 * zeros * tile.tokens
+    sums = 4 * tile.warps_k * tile.tokens * (tile.rows + 4)
+    return max(tile.warps_k * tile.stages * stage, sums) + 16 * tile.rows + 12 * tile.tokens
+
+
+def _planes_in_registers(planes: int) -> int:
+    return 1 << (planes - 1).bit_length()
+
+
+def registers(tile: Tile, planes: int, grouped: bool = False) -> int:
+    """Registers of a thread, about: sums, planes, and what every kernel needs."""
+    sums = tile.row_tiles * tile.tokens // 2 * (2 if grouped else 1)
+    return sums + 4 * tile.row_tiles * _planes_in_registers(planes) + 60
+
+
+def blocks_per_sm(tile: Tile, planes: int, grouped: bool, shared: int, shared_limit: int) -> int:
+    """Blocks that an SM can hold: the compiler is held to it. An SM has 1 KiB more shared memory than a block may."""
+    by_registers = 65536 // (registers(tile, planes, grouped) * tile.threads)
+    return max(1, min(by_registers, 1536 // tile.threads, (shared_limit + 1024) // (shared + 1024)))
+
+
+def clocks(
+    tile: Tile,
+    m: int,
+    n: int,
+    k_blocks: int,
+    planes: int,
+    sms: int,
+    grouped: bool = False,
+    shared_limit: int = SMALLEST_SHARED_LIMIT,
+) -> float:
+    """Clocks of the whole product, about: the larger of the weights' way from memory and an SM's work."""
+    row_tiles, blocks = tile.rows // 16, _blocks(tile, m, n) * tile.split_k
+    weight_bytes, token_bytes = 512 * planes * row_tiles, 256 * tile.tokens  # of a slice and 256 columns
+    per_sm = -(-blocks // sms)
+    resident = min(per_sm, blocks_per_sm(tile, planes, grouped, shared_bytes(tile, planes), shared_limit))
+
+    # 13 bytes per clock and SM when about 1000 clocks' worth of them are under way
+    under_way = resident * tile.warps_k * (tile.stages - 1) * weight_bytes
+    memory = weight_bytes * k_blocks * -(-n // tile.rows) / min(13 * sms, min(blocks, sms) * under_way / 1000)
+
+    # An SM's units per 256 columns; warps keep them busy at the same time, the better the more there are
+    tensor = 1.5 * row_tiles * tile.tokens
+    expansion = 4 * (11 + 5 * _planes_in_registers(planes)) * row_tiles / 2
+    floats = 3 * row_tiles * tile.tokens if grouped else 0
+    shared = (tile.warps_rows * token_bytes + 2 * weight_bytes + token_bytes) / 128
+    level_2 = (token_bytes + weight_bytes) / 40
+    busiest = max(tensor, expansion + floats, shared, level_2)
+    work = busiest + (tensor + expansion + floats + shared - busiest) * 2 / (resident * tile.threads / 32)
+    combine = tile.tokens * tile.rows * (tile.warps_k + 4) / 64 + (3000 if tile.split_k > 1 else 0)
+    shallow = 300 / (tile.stages - 1)
+    return 1500 + max(memory, per_sm * (k_blocks / tile.split_k * work + combine)) + combine + shallow
+
+
+def _blocks(tile: Tile, m: int, n: int) -> int:
+    return -(-m // tile.tokens) * -(-n // tile.rows)
+
+
+def candidates(
+    m: int,
+    n: int,
+    k_blocks: int,
+    planes: int,
+    sms: int = 132,
+    group_words: int = 0,
+    zero_point: bool = False,
+    shared_limit: int = SMALLEST_SHARED_LIMIT,
+) -> list[Tile]:
+    """At most 16 tiles worth a measurement, the most promising first; of every block shape the best two."""
+    widest = max(8, 1 << (m - 1).bit_length())
+    tiles = []
+    sizes = (8, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4, 8), (2, 3, 4), (1, 2, 3, 4, 8)
+    for tile in itertools.starmap(Tile, itertools.product(*sizes)):
+        used = registers(tile, planes, group_words > 0)
+        if (
+            tile.tokens <= widest
+            and 32 * tile.warps_rows <= 16 * tile.tokens  # the kernel's copies
+            and 64 <= tile.threads <= 512
+            and tile.split_k * tile.warps_k <= k_blocks
+            and (tile.split_k == 1 or m <= 128)
+            and used <= 255
+            and used * tile.threads <= 65536
+            and shared_bytes(tile, planes, group_words, zero_point) <= shared_limit
+        ):
+            tiles.append(tile)
+    tiles.sort(key=lambda tile: clocks(tile, m, n, k_blocks, planes, sms, group_words > 0, shared_limit))
+    chosen: list[Tile] = []
+    shapes: Counter[tuple[int, int]] = Counter()
+    for tile in tiles:
+        shapes[tile.tokens, tile.rows] += 1
+        if shapes[tile.tokens, tile.rows] <= 2:
+            chosen.append(tile)
+    return chosen[:16]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    m: int,
+    n: int,
+    k_blocks: int,
+    planes: int,
+    sms: int,
+    group_words: int = 0,
+    zero_point: bool = False,
+    shared_limit: int = SMALLEST_SHARED_LIMIT,
+) -> Tile:
+    """The tile for a shape that nobody has tuned."""
+    return candidates(m, n, k_blocks, planes, sms, group_words, zero_point, shared_limit)[0]
+
+
+def constants(
+    tile: Tile,
+    planes: int,
+    dtype: torch.dtype,
+    group_words: int = 0,
+    zero_point: bool = False,
+    programmatic: bool = False,
+    shared_limit: int = SMALLEST_SHARED_LIMIT,
+) -> dict[str, bool | int | str]:
+    """`Config` of the kernel."""
+    grouped = group_words > 0
+    shared = shared_bytes(tile, planes, group_words, zero_point and grouped)
+    return {
+        **asdict(tile),
+        "planes": planes,
+        "grouped": grouped,
+        "group_words": max(1, group_words),
+        "has_zero_point": zero_point and grouped,
+        "programmatic": programmatic,
+        "shared_bytes": shared,
+        "blocks_per_sm": blocks_per_sm(tile, planes, grouped, shared, shared_limit),
+        "T": TYPE_NAMES[dtype],
+    }
+
+
+@functools.cache
+def _device_limits(index: int) -> tuple[int, int]:
+    """(SMs, shared bytes that a block may have)."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(
+    tile: Tile, planes: int, dtype: torch.dtype, group_words: int, zero_point: bool, programmatic: bool, index: int
+) -> tuple[jit.Kernel, int]:
+    """(kernel, its shared bytes)."""
+    config = constants(tile, planes, dtype, group_words, zero_point, programmatic, _device_limits(index)[1])
+    return jit.load("gemm_mma", "gemm_mma", config, torch.device("cuda", index)), int(config["shared_bytes"])
+
+
+@functools.cache
+def _arrivals(index: int, stream: int) -> Tensor:
+    """Counters of blocks that have arrived, one set per stream; the kernel leaves them as zeros."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=f"cuda:{index}")
+
+
+def run(
+    weight: Tensor,
+    x: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    w_sum: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    x_sum: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    group_words: int = 0,
+    tile: Tile | None = None,
+    programmatic: bool = False,
+) -> Tensor:
+    """Write x W^T to `out` [M, N] (fp16, bf16 or fp32) and return it.
+
+    R = ceil(N / 16), KB = ceil(K / 256), T >= ceil(M / 8) token tiles, G groups. All tensors are contiguous, all but
+    `out` and `bias` at addresses divisible by 16.
+
+    weight: WEIGHTS, int32 [R, KB, planes, 32, 4].   x: ACT_U8, uint8 [16 KB, T, 8, 16].
+    x_scale: fp32 [8 T].   x_zero: int32 [8 T].   bias: fp32 [N].
+    per channel: w_scale fp32 [16 R], w_zero int32 [16 R], w_sum int32 [16 R] (centered_sum), x_sum int32 [8 T].
+    grouped: w_scale fp32 [G, 16 R], w_zero uint8 [G, 16 R] or None, w_sum fp32 [16 R] (offset),
+        x_sum int32 [G, 8 T] (group_sum), or None if w_zero is.
+    """
+    (m, n), k_blocks, planes, token_tiles = out.shape, weight.shape[1], weight.shape[2], x.shape[1]
+    zero_point = group_words > 0 and w_zero is not None
+    index = out.get_device()
+    if tile is None:
+        sms, shared_limit = _device_limits(index)
+        tile = choose(m, n, k_blocks, planes, sms, group_words, zero_point, shared_limit)
+    grid = -(-m // tile.tokens), -(-n // tile.rows), tile.split_k
+    partials = arrivals = None
+    if tile.split_k > 1:
+        blocks = grid[0] * grid[1]
+        partials = out.new_empty(tile.split_k * blocks * tile.tokens * tile.rows, dtype=torch.int32)
+        arrivals = _arrivals(index, torch.cuda.current_stream(index).cuda_stream)
+        if blocks > arrivals.numel():
+            raise AbqError(f"split_k = {tile.split_k} with {blocks} blocks of threads; at most {arrivals.numel()}")
+    kernel, shared = _kernel(tile, planes, out.dtype, group_words, zero_point, programmatic, index)
+    launch.launch(
+        kernel,
+        grid=grid,
+        block=(tile.threads, 1, 1),
+        args=[
+            *(weight, x, w_scale, w_zero, w_sum, x_scale, x_zero, x_sum, bias, out),
+            *(m, n, k_blocks, token_tiles, w_scale.shape[0] if group_words else 1),
+            *(partials, arrivals),
+        ],
+        shared_bytes=shared,
+        programmatic=programmatic,
+    )
+    return out

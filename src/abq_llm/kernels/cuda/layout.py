@@ -1,0 +1,78 @@
+"""The weight as the kernels read it, made once from the bit-planes on disk.
+
+Rows come in tiles of 16, columns in blocks of 256, each group of columns padded to a multiple of 32:
+
+    int32 [ceil(N/16), k-blocks, planes, 32 lanes, 4]     lane = 4 g + t holds word [h, e] of row g + 8 e at 2 h + e
+    bit i + 8 j of a word  <->  column 32 i + 16 h + 4 t + j of the block
+
+A lane's four words are its A fragment of the binary product m16n8k256, 512 contiguous bytes a warp; and
+`(word >> i) & 0x01010101` are four neighbours of its fragment of the int8 product over columns 32 i .. 32 i + 31.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from abq_llm.kernels.cuda.problem import BLOCK, Problem
+from abq_llm.packing import unpack_planes
+from abq_llm.scheme import Scheme
+
+
+def prepare(weight: list[Tensor], scheme: Scheme, in_features: int) -> list[Tensor]:
+    """[weight_packed, weight_scale, (weight_zero_point)] -> [planes, scale, zero, total, rows].
+
+    With R = 16 ceil(N/16) rows and G groups, padded with zeros:
+
+    planes  as above
+    per channel   scale fp32 [R]      zero int32 [R]      total int32 [R] = sum_k (q - z)
+    grouped       scale fp32 [G, R]   zero uint8 [G, R]   total fp32 [R] = sum_g s_g sum_{k in g} (q - z)
+    rows    [N, 0]: holds nothing but N
+    """
+    packed, scale, *zero_point = weight
+    assert scheme.weight is not None
+    n = packed.shape[1]
+    problem = Problem.of(1, n, in_features, scheme)
+    codes = unpack_planes(packed, in_features)
+    size = problem.group_size or in_features
+    fixed = scheme.weight.fixed_zero_point
+    zero = (
+        zero_point[0].int()
+        if zero_point
+        else torch.full(scale.shape, fixed or 0, dtype=torch.int32, device=scale.device)
+    )
+    scale = scale.float()
+    if scale.shape[1] != problem.groups:  # one scale, but groups to keep sums within 32 bits
+        scale, zero = scale.expand(-1, problem.groups), zero.expand(-1, problem.groups)
+    filled = pad(codes, (0, problem.groups * size - in_features)).view(n, problem.groups, size)
+    counts = torch.full((problem.groups,), size, device=scale.device)
+    counts[-1] = problem.last_group if problem.group_size else in_features
+    centered = filled.sum(-1, dtype=torch.int64) - counts * zero
+
+    rows = (0, -n % 16)
+    planes = _fragments(filled, problem)
+    if problem.group_size:
+        total = (centered.double() * scale.double()).sum(1).float()
+        tables = [pad(scale, (0, 0, *rows)).t(), pad(zero.to(torch.uint8), (0, 0, *rows)).t(), pad(total, rows)]
+    else:
+        tables = [pad(scale[:, 0], rows), pad(zero[:, 0], rows), pad(centered[:, 0].int(), rows)]
+    prepared = [planes, *(table.contiguous() for table in tables), scale.new_empty(n, 0)]
+    if scale.is_cuda:
+        torch.cuda.synchronize(scale.device)  # kernels read weights before they wait for their predecessor
+    return prepared
+
+
+def _fragments(codes: Tensor, problem: Problem) -> Tensor:
+    """codes [N, G, size] -> planes."""
+    n = codes.shape[0]
+    columns = pad(codes, (0, problem.group_padded - problem.group_size if problem.group_size else 0)).flatten(1)
+    columns = columns[:, : problem.k_blocks * BLOCK]
+    columns = pad(columns, (0, problem.k_blocks * BLOCK - columns.shape[1], 0, -n % 16))
+    view = columns.view(-1, 2, 8, problem.k_blocks, 8, 2, 4, 4)  # row tile, e, g, block, i, h, t, j
+    place = torch.arange(8, device=codes.device).view(8, 1, 1, 1)
+    planes = []
+    for plane in range(problem.planes):
+        octets = ((view >> plane & 1) << place).sum(4).to(torch.uint8)  # row tile, e, g, block, h, t, j
+        planes.append(octets.permute(0, 3, 2, 5, 4, 1, 6).contiguous().view(torch.int32).flatten(2))
+    return torch.stack(planes, 2).view(-1, problem.k_blocks, problem.planes, 32, 4)

@@ -1,0 +1,79 @@
+"""Which kernel computes a product, and with which tile: pure functions of integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma
+from abq_llm.kernels.cuda.activations import columns_per_token
+from abq_llm.kernels.cuda.problem import Problem
+
+Tile = decode.Tile | gemm_mma.Tile | gemm_wgmma.Tile
+
+DECODE_COLUMNS = 128  # of the binary product, up to which it is bound by memory
+WGMMA_TOKENS = 48  # from which the warpgroup product is worth its larger blocks
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a plan depends on."""
+
+    capability: int  # 10 * major + minor
+    sms: int
+    shared_limit: int  # bytes of shared memory that a block may have
+
+    @property
+    def has_binary(self) -> bool:
+        """Whether binary products are instructions and not emulated."""
+        return self.capability < 100
+
+    @property
+    def has_wgmma(self) -> bool:
+        return self.capability == 90
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`path`: decode, mma, wgmma, wgmma_b1, or dequantize (which has no tile)."""
+
+    path: str
+    tile: Tile | None = None
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, gpu: Gpu) -> Plan:
+    """The plan for a shape that nobody has tuned."""
+    columns = problem.m * columns_per_token(problem.bits)
+    nine_planes = problem.planes > 8  # W8*: more than a byte
+    if problem.bits == 16 and columns > DECODE_COLUMNS:
+        return Plan("dequantize")
+    if nine_planes or problem.bits == 16 or (gpu.has_binary and columns <= DECODE_COLUMNS):
+        return Plan("decode", decode.choose(problem))
+    m, n, blocks, planes = problem.m, problem.n, problem.k_blocks, problem.planes
+    if gpu.has_wgmma and m >= WGMMA_TOKENS:
+        if not problem.group_size and planes * problem.bits < 8:
+            return Plan("wgmma_b1", gemm_wgmma.choose_b1(m, n, blocks, planes, problem.bits, gpu.sms))
+        return Plan("wgmma", gemm_wgmma.choose(m, n, blocks, planes, gpu.sms, problem.group_size > 0))
+    tile = gemm_mma.choose(m, n, blocks, planes, gpu.sms, problem.group_words, problem.group_size > 0, gpu.shared_limit)
+    return Plan("mma", tile)
+
+
+def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
+    """Every plan worth a measurement."""
+    columns = problem.m * columns_per_token(problem.bits)
+    plans = []
+    if problem.planes > 8 or columns <= 4 * DECODE_COLUMNS:
+        plans += [Plan("decode", tile) for tile in decode.candidates(problem)]
+    if problem.bits == 16:
+        return [*plans, Plan("dequantize")]
+    if problem.planes > 8:
+        return plans
+    m, n, blocks, planes, grouped = problem.m, problem.n, problem.k_blocks, problem.planes, problem.group_size > 0
+    words, limit = problem.group_words, gpu.shared_limit
+    plans += [Plan("mma", tile) for tile in gemm_mma.candidates(m, n, blocks, planes, gpu.sms, words, grouped, limit)]
+    if gpu.has_wgmma and m > 8:
+        plans += [Plan("wgmma", tile) for tile in gemm_wgmma.candidates(m, planes, grouped)]
+        if not grouped and planes * problem.bits < 8:
+            plans += [Plan("wgmma_b1", tile) for tile in gemm_wgmma.candidates_b1(m, planes, problem.bits)]
+    return plans

@@ -1,0 +1,208 @@
+// Hopper's asynchronous instructions: barriers in shared memory, bulk copies, warpgroup matrix products.
+#pragma once
+#include "common.cuh"
+
+// ---------------------------------------------------------------------------------------------------------- barriers
+// A phase of a barrier ends when its arrivals and the bytes announced for it are all in. Who waits for phase number f
+// (0, 1, ...) waits for parity f & 1; waiting for parity 1 on a fresh barrier returns at once.
+
+__device__ inline void barrier_init(unsigned barrier, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine and to the cluster's other blocks.
+__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void barrier_arrive_expecting(unsigned barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ inline void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same barrier of block `rank` of this cluster
+__device__ inline void barrier_arrive_at(unsigned barrier, unsigned rank) {
+    asm volatile(
+        "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
+        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+__device__ inline unsigned long long nanoseconds() {
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
+}
+
+// With `bounded`, traps instead of hanging when what it waits for does not come within two seconds.
+template <bool bounded> __device__ inline void barrier_wait(unsigned barrier, unsigned parity) {
+    unsigned long long start = 0;
+    while (true) {
+        unsigned done;
+        asm volatile(
+            "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+        if (done) return;
+        if constexpr (bounded) {
+            if (start == 0) start = nanoseconds();
+            if (nanoseconds() - start > 2000000000ull) __trap();
+        }
+    }
+}
+
+// One of the sixteen named barriers of a block, for `threads` of its threads
+__device__ inline void named_barrier(int name, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// ----------------------------------------------------------------------------------------------------------- clusters
+
+__device__ inline unsigned cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// --------------------------------------------------------------------------------------------------------------- copies
+// `bytes` and both addresses are multiples of 16; the barrier counts the bytes.
+
+__device__ inline void bulk_copy(unsigned shared, const void* global, unsigned bytes, unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// To the same address, and with the same barrier, of each block of the cluster in `mask`
+__device__ inline void bulk_copy_multicast(unsigned shared, const void* global, unsigned bytes, unsigned barrier,
+                                           unsigned short mask) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier), "h"(mask)
+        : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------- registers
+
+template <int registers> __device__ inline void registers_raise() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers> __device__ inline void registers_lower() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// ----------------------------------------------------------------------------------------------------------- products
+// D[64, n] += A[64, k] B[k, n]: A in registers, warp w of the warpgroup holding rows 16w .. 16w+15 like the A of an mma
+// m16n8; D likewise, lane 4g + t holding D[g][8j+2t], D[g][8j+2t+1], D[g+8][8j+2t], D[g+8][8j+2t+1] in d[4j .. 4j+3].
+//
+// B lies in shared memory as core matrices of 8 columns x 16 bytes of k, 128 bytes each, not swizzled. Its descriptor:
+//   bits 0-13   address / 16
+//   bits 16-29  bytes / 16 from a core matrix to the next along k      ("leading dimension byte offset")
+//   bits 32-45  bytes / 16 from a core matrix to the next along n      ("stride dimension byte offset")
+//   bits 62-63  0: no swizzle
+__device__ inline unsigned long long core_matrices(unsigned address, int bytes_along_k, int bytes_along_n) {
+    return (unsigned long long)(bytes_along_n >> 4) << 32 | unsigned(bytes_along_k >> 4) << 16 | address >> 4;
+}
+
+// Before a product, after other instructions wrote its registers
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most `pending` of the latest groups still run. A product in flight still reads its A. In straight code ptxas keeps
+// those registers until the wait; across the back edge of a loop it does not (13.0 and 13.5 gave them away in the SASS of the
+// int8 kernel for 5 planes and more), so loops end with nothing in flight. The other warpgroups have work meanwhile.
+template <int pending> __device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Keeps the compiler from moving accesses of `d` across this place.
+template <int n> __device__ inline void wgmma_fence_registers(int (&d)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+// An asm statement must spell its operands, and each n has its own number of them: hence macros, here only.
+// `accumulate` 0 overwrites D.
+template <int n> struct Wgmma;
+
+#define ABQ_OUT8(i)                                                                                             \
+    "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
+        "+r"(d[i + 7])
+#define ABQ_OUT4 "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+#define ABQ_OUT16 ABQ_OUT8(0), ABQ_OUT8(8)
+#define ABQ_OUT24 ABQ_OUT16, ABQ_OUT8(16)
+#define ABQ_OUT32 ABQ_OUT24, ABQ_OUT8(24)
+#define ABQ_OUT40 ABQ_OUT32, ABQ_OUT8(32)
+#define ABQ_OUT48 ABQ_OUT40, ABQ_OUT8(40)
+#define ABQ_OUT56 ABQ_OUT48, ABQ_OUT8(48)
+#define ABQ_OUT64 ABQ_OUT56, ABQ_OUT8(56)
+#define ABQ_OUT72 ABQ_OUT64, ABQ_OUT8(64)
+#define ABQ_OUT80 ABQ_OUT72, ABQ_OUT8(72)
+#define ABQ_OUT88 ABQ_OUT80, ABQ_OUT8(80)
+#define ABQ_OUT96 ABQ_OUT88, ABQ_OUT8(88)
+#define ABQ_OUT104 ABQ_OUT96, ABQ_OUT8(96)
+#define ABQ_OUT112 ABQ_OUT104, ABQ_OUT8(104)
+#define ABQ_OUT120 ABQ_OUT112, ABQ_OUT8(112)
+#define ABQ_OUT128 ABQ_OUT120, ABQ_OUT8(120)
+
+#define ABQ_D4 "%0,%1,%2,%3"
+#define ABQ_D8 ABQ_D4 ",%4,%5,%6,%7"
+#define ABQ_D16 ABQ_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define ABQ_D24 ABQ_D16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define ABQ_D32 ABQ_D24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define ABQ_D40 ABQ_D32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define ABQ_D48 ABQ_D40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define ABQ_D56 ABQ_D48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define ABQ_D64 ABQ_D56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define ABQ_D72 ABQ_D64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define ABQ_D80 ABQ_D72 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define ABQ_D88 ABQ_D80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define ABQ_D96 ABQ_D88 ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define ABQ_D104 ABQ_D96 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define ABQ_D112 ABQ_D104 ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define ABQ_D120 ABQ_D112 ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define ABQ_D128 ABQ_D120 ",%120,%121,%122,%123,%124,%125,%126,%127"
+
+// u8: k = 32 unsigned bytes; b1: k = 256 bits, D += popcount(A & B)
+#define ABQ_WGMMA(n, registers, outputs, a0, a1, a2, a3, b, use)                                                     \
+    template <> struct Wgmma<n> {                                                                                    \
+        static __device__ inline void u8(int (&d)[n / 2], const unsigned (&a)[4], unsigned long long b_descriptor,   \
+                                         int accumulate) {                                                           \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " use ", 0;"                                                 \
+                         " wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.u8.u8"                                     \
+                         " {" registers "}, {" a0 "," a1 "," a2 "," a3 "}, " b ", p;}"                               \
+                         : outputs                                                                                   \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(accumulate));          \
+        }                                                                                                            \
+        static __device__ inline void b1(int (&d)[n / 2], const unsigned (&a)[4], unsigned long long b_descriptor,   \
+                                         int accumulate) {                                                           \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " use ", 0;"                                                 \
+                         " wgmma.mma_async.sync.aligned.m64n" #n "k256.s32.b1.b1.and.popc"                           \
+                         " {" registers "}, {" a0 "," a1 "," a2 "," a3 "}, " b ", p;}"                               \
+                         : outputs                                                                                   \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(accumulate));          \
+        }                                                                                                            \
+    };
+ABQ_WGMMA(8, ABQ_D4, ABQ_OUT4, "%4", "%5", "%6", "%7", "%8", "%9")
+ABQ_WGMMA(16, ABQ_D8, ABQ_OUT8(0), "%8", "%9", "%10", "%11", "%12", "%13")
+ABQ_WGMMA(32, ABQ_D16, ABQ_OUT16, "%16", "%17", "%18", "%19", "%20", "%21")
+ABQ_WGMMA(48, ABQ_D24, ABQ_OUT24, "%24", "%25", "%26", "%27", "%28", "%29")
+ABQ_WGMMA(64, ABQ_D32, ABQ_OUT32, "%32", "%33", "%34", "%35", "%36", "%37")
+ABQ_WGMMA(80, ABQ_D40, ABQ_OUT40, "%40", "%41", "%42", "%43", "%44", "%45")
+ABQ_WGMMA(96, ABQ_D48, ABQ_OUT48, "%48", "%49", "%50", "%51", "%52", "%53")
+ABQ_WGMMA(112, ABQ_D56, ABQ_OUT56, "%56", "%57", "%58", "%59", "%60", "%61")
+ABQ_WGMMA(128, ABQ_D64, ABQ_OUT64, "%64", "%65", "%66", "%67", "%68", "%69")
+ABQ_WGMMA(144, ABQ_D72, ABQ_OUT72, "%72", "%73", "%74", "%75", "%76", "%77")
+ABQ_WGMMA(160, ABQ_D80, ABQ_OUT80, "%80", "%81", "%82", "%83", "%84", "%85")
+ABQ_WGMMA(176, ABQ_D88, ABQ_OUT88, "%88", "%89", "%90", "%91", "%92", "%93")
+ABQ_WGMMA(192, ABQ_D96, ABQ_OUT96, "%96", "%97", "%98", "%99", "%100", "%101")
+ABQ_WGMMA(208, ABQ_D104, ABQ_OUT104, "%104", "%105", "%106", "%107", "%108", "%109")
+ABQ_WGMMA(224, ABQ_D112, ABQ_OUT112, "%112", "%113", "%114", "%115", "%116", "%117")
+ABQ_WGMMA(240, ABQ_D120, ABQ_OUT120, "%120", "%121", "%122", "%123", "%124", "%125")
+ABQ_WGMMA(256, ABQ_D128, ABQ_OUT128, "%128", "%129", "%130", "%131", "%132", "%133")

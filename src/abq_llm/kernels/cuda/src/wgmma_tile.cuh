@@ -1,0 +1,293 @@
+// What the two Hopper products share: the block's tile in shared memory, who fills it, and how results leave it.
+//
+//   y[tokens, rows] of one block:  `consumers` warpgroups, each `slabs` x 64 rows, all on the same tokens
+//   shared memory:  | barriers | token data | stages of x ... | slots of weight planes ... |
+//                                           | results on their way out (over both)         |
+//
+// One more warpgroup produces: its first warp copies x into a ring of stages, its second the weights into a ring of slots
+// (one slot is a k-block of 256 columns). Every piece is contiguous in global memory, so that plain bulk copies do.
+// The blocks of a `cluster` have the same tokens, and each copies its part of x for all of them: x is what weighs on L2.
+#pragma once
+#include "epilogue.cuh"
+#include "wgmma.cuh"
+
+// chunks: of tokens x 16 bytes of x, in a k-block and in a stage
+template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
+    static constexpr int consumer_threads = C::consumers * 128;
+    static constexpr int threads = consumer_threads + 128;
+    static constexpr int row_tiles = C::consumers * C::slabs * 4;
+    static constexpr int rows = row_tiles * 16;
+
+    static constexpr int chunk_bytes = C::tokens * 16;
+    static constexpr int stage_bytes = chunks_per_stage * chunk_bytes;
+    static constexpr int stages_per_block = chunks_per_block / chunks_per_stage;
+    static constexpr int tile_bytes = C::planes * 512;  // of one row tile's weights
+    static constexpr int slot_bytes = row_tiles * tile_bytes;
+
+    static constexpr int barrier_bytes = 256;
+    static constexpr int token_words = C::grouped ? 2 : 3;  // scale, zero point, sum
+    static constexpr int x_offset = ceil_div(barrier_bytes + 3 * C::tokens * 4, 128) * 128;
+    static constexpr int weight_offset = x_offset + C::stages * stage_bytes;
+
+    // Registers of a thread: what all start with, and what producers leave to consumers
+    static constexpr int registers = 65536 / C::resident / threads / 8 * 8;
+    static constexpr int producer_registers = 24;
+    static constexpr int left_registers = (registers * threads - producer_registers * 128) / consumer_threads / 8 * 8;
+    static constexpr int consumer_registers = left_registers < 240 ? left_registers : 240;
+    static constexpr bool deals_registers = registers < consumer_registers;
+
+    static_assert(C::tokens % 8 == 0 && chunks_per_block % chunks_per_stage == 0);
+    static_assert(C::cluster == 1 || chunks_per_stage % C::cluster == 0);
+    static_assert((2 * (C::stages + C::weight_slots) + 1) * 8 <= barrier_bytes);
+    static_assert(row_tiles <= 32 && chunks_per_stage <= 32, "one lane copies one piece");
+};
+
+// Bytes from one token's 64 results to the next one's in shared memory; 16 more than they take, against bank conflicts
+template <class T> constexpr int out_pitch = 64 * sizeof(T) + 16;
+
+// A place in a ring of `size` buffers, each with a barrier "full" and one "empty", and the parity of its present round
+template <int size> struct Place {
+    int index = 0;
+    unsigned parity = 0;
+    __device__ void advance() {
+        if (++index == size) index = 0, parity ^= 1;
+    }
+    __device__ int previous() const { return index == 0 ? size - 1 : index - 1; }
+};
+
+template <class C, class Shape> struct Shared {
+    unsigned base;
+    __device__ unsigned x_full(int stage) const { return base + stage * 8; }
+    __device__ unsigned x_empty(int stage) const { return x_full(C::stages + stage); }
+    __device__ unsigned weight_full(int slot) const { return x_full(2 * C::stages + slot); }
+    __device__ unsigned weight_empty(int slot) const { return weight_full(C::weight_slots + slot); }
+    __device__ unsigned tokens_full() const { return weight_full(2 * C::weight_slots); }
+    __device__ unsigned token_data() const { return base + Shape::barrier_bytes; }
+    __device__ unsigned token_data(int j, int lane) const { return token_data() + j * 32 + lane % 4 * 8; }
+    __device__ unsigned x(int stage) const { return base + Shape::x_offset + stage * Shape::stage_bytes; }
+    __device__ unsigned weight(int slot) const { return base + Shape::weight_offset + slot * Shape::slot_bytes; }
+
+    __device__ void init() const {  // by one thread
+        constexpr int consumer_warps = C::consumers * 4;
+        for (int i = 0; i < C::stages; ++i) {
+            barrier_init(x_full(i), 1);
+            barrier_init(x_empty(i), consumer_warps * C::cluster);
+        }
+        for (int i = 0; i < C::weight_slots; ++i) {
+            barrier_init(weight_full(i), 1);
+            barrier_init(weight_empty(i), consumer_warps);
+        }
+        barrier_init(tokens_full(), 1);
+        barrier_init_fence();
+    }
+
+    __device__ void init_together() const {  // by all threads of the block, and of the cluster
+        if (threadIdx.x == 0) init();
+        if constexpr (C::cluster > 1) {
+            cluster_sync();
+        } else {
+            __syncthreads();
+        }
+    }
+
+    // By all consumers: the token data are there, and the stages and slots are read and free to become the way out; returns
+    // this warpgroup's part of them.
+    template <class T> __device__ unsigned finish() const {
+        named_barrier(1, Shape::consumer_threads);
+        barrier_wait<C::debug>(tokens_full(), 0);
+        return x(0) + threadIdx.x / 128 * C::tokens * out_pitch<T>;
+    }
+
+    // A warp has done with a stage: every block that copies into it must know.
+    __device__ void release_x(int stage, int lane) const {
+        if constexpr (C::cluster == 1) {
+            if (lane == 0) barrier_arrive(x_empty(stage));
+        } else {
+            if (lane < C::cluster) barrier_arrive_at(x_empty(stage), lane);
+        }
+    }
+};
+
+// The products over the whole of K end after KB k-blocks; `chunk_stride` bytes lie between chunks in global memory.
+template <class C, class Shape, int chunks_per_stage>
+__device__ inline void produce_x(const Shared<C, Shape>& shared, const unsigned char* x, size_t chunk_stride, int KB,
+                                 int lane) {
+    Place<C::stages> place;
+    for (int stage = 0; stage < KB * Shape::stages_per_block; ++stage) {
+        const unsigned full = shared.x_full(place.index);
+        barrier_wait<C::debug>(shared.x_empty(place.index), place.parity ^ 1);
+        if (lane == 0) barrier_arrive_expecting(full, Shape::stage_bytes);
+        __syncwarp();
+        if (lane < chunks_per_stage) {
+            const unsigned to = shared.x(place.index) + lane * Shape::chunk_bytes;
+            if constexpr (C::cluster == 1) {
+                bulk_copy(to, x + lane * chunk_stride, Shape::chunk_bytes, full);
+            } else if (lane % C::cluster == cluster_rank()) {
+                bulk_copy_multicast(to, x + lane * chunk_stride, Shape::chunk_bytes, full, (1 << C::cluster) - 1);
+            }
+        }
+        x += chunks_per_stage * chunk_stride;
+        place.advance();
+    }
+}
+
+template <class C, class Shape>
+__device__ inline void produce_weights(const Shared<C, Shape>& shared, const uint4* weight, int row_tile, int N, int KB,
+                                       int lane) {
+    // Row tiles past the last one repeat it: their results are not stored.
+    const int tile = min(row_tile + lane, ceil_div(N, 16) - 1);
+    const uint4* from = weight + size_t(tile) * KB * C::planes * 32;
+    Place<C::weight_slots> place;
+    for (int kb = 0; kb < KB; ++kb) {
+        const unsigned full = shared.weight_full(place.index);
+        barrier_wait<C::debug>(shared.weight_empty(place.index), place.parity ^ 1);
+        if (lane == 0) barrier_arrive_expecting(full, Shape::slot_bytes);
+        __syncwarp();
+        if (lane < Shape::row_tiles) {
+            bulk_copy(shared.weight(place.index) + lane * Shape::tile_bytes, from, Shape::tile_bytes, full);
+        }
+        from += C::planes * 32;
+        place.advance();
+    }
+}
+
+// scale, zero point and sum of the tile's tokens, to shared memory
+template <class C, class Shape>
+__device__ inline void produce_token_data(const Shared<C, Shape>& shared, const float* scale, const int* zero,
+                                          const int* sum, int token0) {
+    constexpr int bytes = C::tokens * 4;
+    const unsigned to = shared.token_data();
+    barrier_arrive_expecting(shared.tokens_full(), Shape::token_words * bytes);
+    bulk_copy(to, scale + token0, bytes, shared.tokens_full());
+    bulk_copy(to + bytes, zero + token0, bytes, shared.tokens_full());
+    if constexpr (!C::grouped) bulk_copy(to + 2 * bytes, sum + token0, bytes, shared.tokens_full());
+}
+
+// All that the producing warpgroup does
+template <int chunks_per_stage, class C, class Shape>
+__device__ inline void produce(const Shared<C, Shape>& shared, const uint4* weight, const unsigned char* x,
+                               const float* x_scale, const int* x_zero, const int* x_sum, int row_tile0, int token0, int N,
+                               int KB, int MT) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    if constexpr (Shape::deals_registers) registers_lower<Shape::producer_registers>();
+    if constexpr (C::programmatic) grid_dependency_launch();
+    if (warp == 0) {
+        if constexpr (C::programmatic) grid_dependency_wait();
+        produce_x<C, Shape, chunks_per_stage>(shared, x + size_t(token0) * 16, size_t(MT) * 128, KB, lane);
+    } else if (warp == 1) {
+        produce_weights(shared, weight, row_tile0, N, KB, lane);
+    } else if (warp == 2 && lane == 0) {
+        if constexpr (C::programmatic) grid_dependency_wait();
+        produce_token_data(shared, x_scale, x_zero, x_sum, token0);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ results
+
+__device__ inline int2 load_shared_2(unsigned address) {
+    int2 value;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
+    return value;
+}
+__device__ inline uint4 load_shared_4(unsigned address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address)
+                 : "memory");
+    return value;
+}
+
+template <class T> __device__ inline unsigned pair(float low, float high) {
+    return unsigned(from_float<T>(low).bits) | unsigned(from_float<T>(high).bits) << 16;
+}
+
+// The results of 64 rows of one warpgroup lie in shared memory as [token][64 rows]. A warp has 16 of the rows; its lane holds,
+// for n = lane / 4 and m = 2 (lane % 4), y[m][n], y[m+1][n], y[m][n+8], y[m+1][n+8]. `at` is where token 0 of these eight
+// meets the first of the 16 rows.
+template <class T> __device__ inline void store_out(unsigned at, int lane, const float (&y)[4]) {
+    if constexpr (sizeof(T) == 2) {
+        const unsigned row = at + lane % 8 * out_pitch<T> + (lane & 8 ? 16 : 0);
+        asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row),
+                     "r"(pair<T>(y[0], y[1])), "r"(pair<T>(y[2], y[3]))
+                     : "memory");
+    } else {
+        const unsigned to = at + lane % 4 * 2 * out_pitch<T> + lane / 4 * 4;
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(y[0]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + out_pitch<T>), "f"(y[1]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + 32), "f"(y[2]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + out_pitch<T> + 32), "f"(y[3]) : "memory");
+    }
+}
+
+// From there to y [M, N], one row of 64 after the other, by the 128 threads of a warpgroup
+template <int tokens, class T>
+__device__ inline void copy_out(unsigned from, int thread, T* y, int token0, int n0, int M, int N) {
+    constexpr int width = 16 / sizeof(T), parts = 64 / width;
+    const int n = n0 + thread % parts * width;
+    const bool whole = N % width == 0 && n + width <= N;
+    for (int token = thread / parts; token < tokens && token0 + token < M; token += 128 / parts) {
+        const uint4 value = load_shared_4(from + token * out_pitch<T> + thread % parts * 16);
+        T* to = y + size_t(token0 + token) * N + n;
+        if (whole) {
+            *reinterpret_cast<uint4*>(to) = value;
+        } else {
+            const unsigned words[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+            for (int i = 0; i < width; ++i) {
+                if (n + i >= N) continue;
+                if constexpr (sizeof(T) == 2) {
+                    to[i].bits = (unsigned short)(words[i / 2] >> i % 2 * 16);
+                } else {
+                    to[i] = __uint_as_float(words[i]);
+                }
+            }
+        }
+    }
+}
+
+// Writes 64 rows, from n0 on, of a warpgroup's results: value(j, y) gives those that this lane has of tokens 8j .. 8j+7.
+// `out` is the warpgroup's part of the shared memory that has been read.
+template <int tokens, class T, class Value>
+__device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0, int M, int N, Value value) {
+    const int thread = threadIdx.x % 128, barrier = 2 + threadIdx.x / 128;
+    named_barrier(barrier, 128);  // the 64 rows before have left
+#pragma unroll
+    for (int j = 0; j < tokens / 8; ++j) {
+        float results[4];
+        value(j, results);
+        store_out<T>(out + thread / 32 * 16 * sizeof(T) + j * 8 * out_pitch<T>, thread % 32, results);
+    }
+    named_barrier(barrier, 128);
+    copy_out<tokens>(out, thread, y, token0, n0, M, N);
+}
+
+// Per channel: what is known of one row n, and the result for one token
+struct Row {
+    float scale, bias;
+    int zero, centered_sum;
+    bool has_bias;
+    __device__ Row(int n, const float* w_scale, const int* w_zero, const int* w_centered_sum, const float* b, int N) {
+        const int last = min(n, N - 1);
+        scale = __ldg(w_scale + last), zero = __ldg(w_zero + last), centered_sum = __ldg(w_centered_sum + last);
+        has_bias = b != nullptr;
+        bias = has_bias ? __ldg(b + last) : 0;
+    }
+    __device__ float result(int product, float x_scale, int x_zero, int x_sum) const {
+        const float y = output_per_channel(product, zero, centered_sum, scale, x_zero, x_sum, x_scale);
+        return has_bias ? __fadd_rn(y, bias) : y;
+    }
+};
+
+// Per channel: results for rows n, n + 8 and tokens m, m + 1 from their products; `token_data` is where token m's scale lies
+template <int tokens>
+__device__ inline void per_channel(float (&y)[4], const int (&products)[4], const Row (&rows)[2], unsigned token_data) {
+    const int2 scale = load_shared_2(token_data);
+    const int2 zero = load_shared_2(token_data + tokens * 4);
+    const int2 sum = load_shared_2(token_data + tokens * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        y[i] = rows[i / 2].result(products[i], __int_as_float(i % 2 ? scale.y : scale.x), i % 2 ? zero.y : zero.x,
+                                  i % 2 ? sum.y : sum.x);
+    }
+}
