@@ -124,11 +124,13 @@ def linear(case: Case, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The formula of the integer contract for x [M, K], in float64 -> y [M, N], and the allowed distance from it.
 
     The distance counts fp32 roundings (of the integer, of three products, of one sum a group and of the bias) and the
-    cast to the dtype of x, subnormals included. At A16 the weight is rounded to the dtype of x, the sum over K is fp32.
+    cast to the dtype of x, subnormals included. With groups, codes and zero points may be summed apart. At A16 the sum
+    over K is fp32, and a backend may round the weight to the dtype of x (as the formula here does), or x to 16 bits.
     """
     scheme, k = case.scheme, x.shape[1]
     bias = case.layer.bias.double().numpy() if case.layer.bias is not None else np.zeros(len(case.codes))
     y, magnitude = np.zeros((len(x), len(case.codes))), np.abs(bias) * np.ones((len(x), 1))
+    info, apart = torch.finfo(x.dtype), np.zeros_like(y)
     if scheme.activation is not None:
         s_x, z_x, q_x = (a.astype(np.float64) for a in contract(x.float().numpy(), scheme.activation))
     for g, columns in enumerate(groups_of(scheme, k)):
@@ -136,15 +138,24 @@ def linear(case: Case, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
         if scheme.activation is None:
             w = torch.from_numpy(w * case.scale[:, g, None]).float().to(x.dtype).double().numpy()
             term = x[:, columns].double().numpy() @ w.T
+            rounded = (
+                info.eps / 2 * np.abs(x[:, columns].double().numpy())
+                + 2.0**-16 * np.abs(x.double().numpy()).max(1)[:, None]
+            )
             magnitude += np.abs(x[:, columns].double().numpy()) @ np.abs(w).T
+            apart += rounded @ np.abs(w).T
         else:
             term = ((q_x[:, columns] - z_x) @ w.T) * case.scale[:, g] * s_x
             magnitude += np.abs(term)
+            if scheme.groups(k) > 1:
+                magnitude += 2 * z_x * np.abs(w.sum(1)) * case.scale[:, g] * s_x
         y += term
     y += bias
-    info = torch.finfo(x.dtype)
     roundings = len(groups_of(scheme, k)) + 5 if scheme.activation is not None else k + 1
     tolerance = (
-        magnitude * roundings * 2.0**-24 + (np.abs(y) + magnitude * 2.0**-20) * info.eps / 2 + info.tiny * info.eps
+        apart
+        + magnitude * roundings * 2.0**-24
+        + (np.abs(y) + magnitude * 2.0**-20) * info.eps / 2
+        + info.tiny * info.eps
     )
     return y, tolerance

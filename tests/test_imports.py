@@ -22,7 +22,7 @@ LAYERS = (
 FORBIDDEN = {("methods", "kernels")}
 # (importer, imported), inside a function: loading a checkpoint registers its loader with Transformers
 EXCEPTIONS = {("checkpoint", "integrations.transformers")}
-OPTIONAL = {"vllm", "lm_eval", "datasets", "matplotlib"}
+OPTIONAL = {"vllm", "lm_eval", "datasets", "matplotlib", "humming"}
 
 
 def imports(tree: ast.AST, *, lazy: bool = False):

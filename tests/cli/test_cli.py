@@ -404,7 +404,7 @@ def test_a_failure_inside_a_command_is_one_line(
 def test_help_lists_every_command() -> None:
     result = abq("--help")
     assert result.exit_code == 0
-    for command in ("quantize", "eval", "generate", "info", "demo"):
+    for command in ("quantize", "eval", "generate", "info", "demo", "bench", "tune"):
         assert command in result.stdout
         assert abq(command, "--help").exit_code == 0
 

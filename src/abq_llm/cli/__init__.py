@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from abq_llm.cli.bench import bench
 from abq_llm.cli.common import CommandGroup
 from abq_llm.cli.demo import demo
 from abq_llm.cli.eval import evaluate
 from abq_llm.cli.generate import generate
 from abq_llm.cli.info import info
 from abq_llm.cli.quantize import quantize
+from abq_llm.cli.tune import tune
 
 app = typer.Typer(
     name="abq",
@@ -23,6 +25,8 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("info")(info)
+app.add_typer(bench, name="bench")
+app.command("tune")(tune)
 app.command("demo")(demo)
 
 

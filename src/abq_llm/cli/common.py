@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,10 +46,10 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def check_json(path: Path | None) -> None:
-    """Refuse a --json FILE that cannot be written, before hours of work rather than after."""
+def check_json(path: Path | None, option: str = "--json") -> None:
+    """Refuse a FILE that cannot be written, before hours of work rather than after."""
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise AbqError(f"--json {path}: {'is a directory' if path.is_dir() else 'its folder cannot be written to'}")
+        raise AbqError(f"{option} {path}: {'is a directory' if path.is_dir() else 'its folder cannot be written to'}")
 
 
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
@@ -108,3 +109,14 @@ def open_model(
 def megabytes(size: int) -> str:
     """Bytes in decimal megabytes, as file sizes are given."""
     return f"{size / 1e6:,.1f} MB"
+
+
+def figure(value: float) -> str:
+    """Three significant digits, and all that are left of the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def read_shape(text: str) -> tuple[int, int] | None:
+    """ "4096x11008", output x input features of a linear -> (n, k); None if that is not what it is."""
+    match = re.fullmatch(r"([1-9][0-9]*)[xX×]([1-9][0-9]*)", text)
+    return (int(match[1]), int(match[2])) if match else None

@@ -1,6 +1,7 @@
 """The GPU backend: bit-planes on tensor cores, compiled on demand.
 
-x -> `activations.quantize` -> codes -> `decode` | `gemm_mma` | `gemm_wgmma` -> y; `plan` says which.
+x -> `activations.quantize` -> codes -> `decode` | `gemm_mma` | `gemm_wgmma` -> y; `tune` knows which is the fastest
+where `abq tune` has measured it, `plan` says which elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, plan
+from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, plan, tune
 from abq_llm.kernels.cuda.layout import prepare as prepare
 from abq_llm.kernels.cuda.plan import Gpu, Plan
 from abq_llm.kernels.cuda.problem import Problem
@@ -54,7 +55,14 @@ def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, scheme: Scheme)
     problem = Problem.of(x.shape[0], weight[-1].shape[0], x.shape[1], scheme)
     if not problem.m:
         return x.new_empty(0, problem.n)
-    return run(plan.choose(problem, gpu(x.get_device())), problem, x, weight, bias)
+    return run(_plan(problem, x.get_device()), problem, x, weight, bias)
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: Problem, index: int) -> Plan:
+    """The plan that `abq tune` found on this kind of GPU, or else the heuristic's."""
+    place = gpu(index)
+    return tune.lookup(problem, torch.cuda.get_device_name(index), place) or plan.choose(problem, place)
 
 
 @lru_cache

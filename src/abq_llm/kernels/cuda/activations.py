@@ -10,7 +10,7 @@ from torch import Tensor
 from abq_llm.kernels.cuda import jit, launch
 from abq_llm.kernels.cuda.problem import BLOCK, Problem
 
-THREADS = 256
+FEW_TOKENS = 64  # blocks, one a token, that leave room for larger ones
 TYPE_NAMES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 FRAGMENTS, BYTES, PLANE_BYTES = 0, 1, 2  # layouts, as in the kernel
 PLAIN, RMS_NORM, SILU_MUL = 0, 1, 2  # prologues
@@ -57,6 +57,7 @@ def quantize(
         empty(padded, dtype=torch.int32),
         empty((problem.groups, padded) if group_sums else padded, dtype=torch.int32),
     )
+    threads = 1024 if m <= FEW_TOKENS and problem.k >= 4096 else 256
     constants: dict[str, bool | int | str] = {
         "T": TYPE_NAMES[x.dtype],
         "bits": bits,
@@ -65,7 +66,7 @@ def quantize(
         "layout": layout,
         "prologue": prologue,
         "group_sums": group_sums,
-        "threads": THREADS,
+        "threads": threads,
         **problem.columns(),
     }
     kernel = jit.load("quantize", "quantize", constants, x.device)
@@ -73,8 +74,11 @@ def quantize(
     launch.launch(
         kernel,
         (m, 1, 1),
-        (THREADS, 1, 1),
-        [x, other, float(epsilon), out.codes, out.scale, out.zero, sums, groups, m, problem.k, k_blocks, tiles],
+        (threads, 1, 1),
+        [
+            *(x, other, float(epsilon), out.codes, out.scale, out.zero, sums, groups),
+            *(m, problem.k, k_blocks, tiles, problem.groups),
+        ],
         shared_bytes=4 * problem.groups if group_sums else 0,
         programmatic=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma
 from abq_llm.kernels.cuda.activations import columns_per_token
 from abq_llm.kernels.cuda.problem import Problem
@@ -45,11 +46,16 @@ class Plan:
 def choose(problem: Problem, gpu: Gpu) -> Plan:
     """The plan for a shape that nobody has tuned."""
     columns = problem.m * columns_per_token(problem.bits)
-    nine_planes = problem.planes > 8  # W8*: more than a byte
     if problem.bits == 16 and columns > DECODE_COLUMNS:
         return Plan("dequantize")
-    if nine_planes or problem.bits == 16 or (gpu.has_binary and columns <= DECODE_COLUMNS):
-        return Plan("decode", decode.choose(problem))
+    nine_planes = problem.planes > 8  # W8*: its codes are no bytes
+    if nine_planes or problem.bits == 16 or (gpu.has_binary and columns <= DECODE_COLUMNS and not problem.group_size):
+        if decode_tile := decode.choose(problem, gpu.sms):
+            return Plan("decode", decode_tile)
+        if nine_planes and problem.bits < 16:
+            raise AbqError(f"no CUDA kernel for nine bit-planes and K = {problem.k}; use the reference backend")
+        if problem.bits == 16:
+            return Plan("dequantize")
     m, n, blocks, planes = problem.m, problem.n, problem.k_blocks, problem.planes
     if gpu.has_wgmma and m >= WGMMA_TOKENS:
         if not problem.group_size and planes * problem.bits < 8:

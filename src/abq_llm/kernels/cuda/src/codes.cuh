@@ -26,9 +26,11 @@ template <int bits, bool symmetric> __device__ inline Grid choose_grid(float lo,
     return grid;
 }
 
+// Adding 3 * 2^22 rounds to an integer, ties to even, and leaves it in the low bits: cheaper than two conversions.
 template <int bits> __device__ inline int code_of(float x, Grid grid) {
-    constexpr float qmax = float((1 << bits) - 1);
-    return int(fminf(fmaxf(__fadd_rn(rintf(__fmul_rn(x, grid.reciprocal)), float(grid.zero)), 0.0f), qmax));
+    constexpr int qmax = (1 << bits) - 1;
+    const int rounded = __float_as_int(__fadd_rn(__fmul_rn(x, grid.reciprocal), 12582912.0f)) - 0x4B400000;
+    return min(max(rounded + grid.zero, 0), qmax);
 }
 
 __device__ inline void warp_range(float& lo, float& hi) {

@@ -3,247 +3,279 @@
 //     sum_k q_w q_x = sum_p sum_j 2^(p + j) popcount(plane p of W & plane j of x)
 //
 // The bit-planes of the tokens are the columns of the product: with 8 bits, one token fills the 8 columns of `mma_b1`, so
-// its cost does not depend on how many bits x has, and the planes of W come from memory as they are multiplied: no
-// expansion, no shared memory. Warps of a block share its rows and split its columns k.
+// the planes of W come from memory and are multiplied as they are: no expansion, no shared memory.
+//
+//              k-blocks of 256 columns:  0    1    2   ...        Each warp keeps its k-blocks of x in registers, and
+//     tile 0   16 rows                  w0   w1   w2   w3  w0     goes from tile to tile of the rows of W; a register
+//     tile 1   16 rows                  w0   w1   w2   w3  w0     that has been multiplied is at once refilled with what
+//     ...                                                         comes `C::depth` k-blocks later. Sums of the warps are
+//                                                                 added through shared memory.
 //
 //   C::columns    of a token in the product: its bits, rounded up to 2, 4, 8 or 16
 //   C::tiles      of 8 columns; a block does tiles * 8 / columns tokens
-//   C::fused      x is quantized here, by every block anew (one token): no kernel before this one, no wait for it
-//   C::in_floats  groups, or 16-bit x with a scale for every 256 columns: sums are scaled and added in fp32 block by block
+//   C::x_blocks   k-blocks of a warp, a multiple of C::depth
+//   C::fused      x is quantized here, by every block anew (one token): no kernel before this one to wait for
+//   C::in_floats  groups, or 16-bit x with a scale for every k-block: sums are scaled and added in fp32 part by part
 #pragma once
 
 #include "codes.cuh"
 #include "epilogue.cuh"
 
-template <class C> struct Decode {
-    using T = typename C::T;
-    using Sum = typename C::Sum;  // int, or float if C::in_floats
-    static constexpr int rows = 16 * C::row_tiles;
-    static constexpr int tokens = C::tiles * 8 / C::columns;
-    static constexpr bool by_plane = !C::in_floats && C::row_tiles * C::tiles * C::planes <= 16;  // sums fit in registers
+struct Factor {  // of a row in a group
+    float scale;
+    int zero;
 };
+
+// Groups of `words` x 32 columns that meet a k-block of 8 words, at most
+__device__ constexpr int groups_in_block(int words) {
+    int most = 1;
+    for (int kb = 0; kb < words && kb < 64; kb++) {
+        int met = (8 * kb + 7) / words - 8 * kb / words + 1;
+        most = met > most ? met : most;
+    }
+    return most;
+}
+
+// The largest of a warp's values, none of them negative: their bits order as integers do
+__device__ inline float warp_max(float value) {
+    return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(fabsf(value))));
+}
 
 template <class C> __global__ void __launch_bounds__(32 * C::warps) decode(
     const uint4* weight, const void* x, const float* w_scale, const void* w_zero, const void* w_sum, const float* x_scale,
     const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N, int K, int k_blocks, int x_tiles,
     int row_tiles, int groups) {
-    using D = Decode<C>;
     using T = typename C::T;
     using Sum = typename C::Sum;
-    __shared__ Sum partial[C::warps][D::tokens][D::rows];
-    __shared__ float lows[C::warps], highs[C::warps];
+    constexpr int tokens = C::tiles * 8 / C::columns, groups_met = C::in_floats ? groups_in_block(C::group_words) : 1;
+    constexpr bool by_plane = !C::in_floats && C::tiles * C::planes <= 16;  // a sum for each plane fits in registers
+    static_assert(C::x_blocks % C::depth == 0);
+    __shared__ Sum partial[2][C::warps][tokens][16];
+    __shared__ float tops[C::warps], bottoms[C::warps];
     __shared__ int fused_sum;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int first_row_tile = blockIdx.x * C::row_tiles, first_tile = blockIdx.y * C::tiles;
+    const int first_tile = blockIdx.y * C::tiles, first_token = first_tile * 8 / C::columns;
     const int padded_rows = row_tiles * 16;
 
-    uint4 next[C::depth][C::row_tiles][C::planes];
-    auto load = [&](int kb0) {
+    uint4 planes[C::depth][C::planes];
+    Factor factors[C::depth][groups_met][2];  // of rows g and g + 8
+    auto load = [&](int slot, int row_tile, int block) {
+        const int kb = block * C::warps + warp;
+        const bool inside = row_tile < row_tiles && kb < k_blocks;
+        const uint4* from = weight + ((long long)row_tile * k_blocks + kb) * C::planes * 32 + lane;
 #pragma unroll
-        for (int d = 0; d < C::depth; d++)
+        for (int p = 0; p < C::planes; p++) planes[slot][p] = inside ? load_streaming(from + p * 32) : make_uint4(0, 0, 0, 0);
+        if constexpr (C::in_floats) {
 #pragma unroll
-            for (int r = 0; r < C::row_tiles; r++) {
-                int kb = kb0 + d * C::warps, tile = min(first_row_tile + r, row_tiles - 1);
-                const uint4* from = weight + ((long long)tile * k_blocks + kb) * C::planes * 32 + lane;
+            for (int i = 0; i < groups_met; i++) {
+                const int group = min(8 * kb / C::group_words + i, groups - 1);
 #pragma unroll
-                for (int p = 0; p < C::planes; p++)
-                    next[d][r][p] = kb < k_blocks ? load_streaming(from + p * 32) : make_uint4(0, 0, 0, 0);
-            }
-    };
-    load(warp);
-    if (C::programmatic) grid_dependency_launch();
-    if (C::programmatic) grid_dependency_wait();
-
-    Grid grid{};
-    const T* raw = static_cast<const T*>(x);
-    if constexpr (C::fused) {
-        if (threadIdx.x == 0) fused_sum = 0;
-        float lo = 0, hi = 0;
-        auto see = [&](float value) {
-            lo = fminf(lo, value);
-            hi = fmaxf(hi, value);
-        };
-        if (sizeof(T) == 2 && K % 8 == 0) {
-            for (int k = threadIdx.x; k < K / 8; k += 32 * C::warps) {
-                uint4 eight = reinterpret_cast<const uint4*>(x)[k];
-                const T* values = reinterpret_cast<const T*>(&eight);
-#pragma unroll
-                for (int i = 0; i < 8; i++) see(to_float(values[i]));
-            }
-        } else {
-            for (int k = threadIdx.x; k < K; k += 32 * C::warps) see(to_float(raw[k]));
-        }
-        warp_range(lo, hi);
-        if (lane == 0) {
-            lows[warp] = lo;
-            highs[warp] = hi;
-        }
-        __syncthreads();
-#pragma unroll
-        for (int w = 0; w < C::warps; w++) {
-            lo = fminf(lo, lows[w]);
-            hi = fmaxf(hi, highs[w]);
-        }
-        grid = choose_grid<C::bits, C::symmetric>(lo, hi);
-    }
-
-    int code_sum = 0;
-    auto fragment = [&](int kb, int tile) -> uint2 {
-        if constexpr (C::fused) {
-            unsigned low = 0, high = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                int column = source_column<C::group_size, C::group_padded>(256 * kb + 32 * i + first_column(lane), K);
-                unsigned code = column >= 0 ? code_of<C::bits>(to_float(raw[column]), grid) : 0;
-                code_sum += code;
-                if (i < 4) low |= code << (8 * i);
-                else high |= code << (8 * (i - 4));
-            }
-            return plane_fragment(low, high, lane);
-        } else {
-            return static_cast<const uint2*>(x)[((long long)kb * x_tiles + first_tile + tile) * 32 + lane];
-        }
-    };
-
-    int by_plane[D::by_plane ? C::row_tiles : 1][D::by_plane ? C::tiles : 1][D::by_plane ? C::planes : 1][4] = {};
-    int sums[C::row_tiles][C::tiles][4] = {};
-    float scaled[C::row_tiles][C::tiles][2] = {};  // columns 2t and 2t + 1 together; rows g and g + 8
-
-    for (int kb0 = warp; kb0 < k_blocks; kb0 += C::depth * C::warps) {
-        uint4 planes[C::depth][C::row_tiles][C::planes];
-#pragma unroll
-        for (int d = 0; d < C::depth; d++)
-#pragma unroll
-            for (int r = 0; r < C::row_tiles; r++)
-#pragma unroll
-                for (int p = 0; p < C::planes; p++) planes[d][r][p] = next[d][r][p];
-        load(kb0 + C::depth * C::warps);
-#pragma unroll
-        for (int d = 0; d < C::depth; d++) {
-            const int kb = kb0 + d * C::warps;
-            if (kb >= k_blocks) break;
-#pragma unroll
-            for (int n = 0; n < C::tiles; n++) {
-                const uint2 b = fragment(kb, n);
-                if constexpr (D::by_plane) {
-#pragma unroll
-                    for (int r = 0; r < C::row_tiles; r++)
-#pragma unroll
-                        for (int p = 0; p < C::planes; p++) mma_b1(by_plane[r][n][p], planes[d][r][p], b);
-                } else if constexpr (!C::in_floats) {
-#pragma unroll
-                    for (int r = 0; r < C::row_tiles; r++)
-#pragma unroll
-                        for (int p = 0; p < C::planes; p++) {
-                            int product[4] = {};
-                            mma_b1(product, planes[d][r][p], b);
-#pragma unroll
-                            for (int e = 0; e < 4; e++) sums[r][n][e] += product[e] << p;
-                        }
-                } else {
-                    const int first = 8 * kb / C::group_words, last = min((8 * kb + 7) / C::group_words, groups - 1);
-                    const bool sign = C::columns == 16 && (first_tile + n) % 2 == 1 && t == 3;
-                    const int second = sign ? -2 : 2;  // the weight of column 2t + 1 against column 2t: 16 bits are signed
-                    float x_factor = 1;
-                    if constexpr (C::bits == 16) x_factor = x_scale[kb * M + min((first_tile + n) / 2, M - 1)];
-                    for (int group = first; group <= last; group++) {
-                        // words of 32 columns of this group in the block: bits i of every byte
-                        const int begin = max(group * C::group_words - 8 * kb, 0);
-                        const int end = min((group + 1) * C::group_words - 8 * kb, 8);
-                        const unsigned mask = 0x01010101u * ((1u << end) - (1u << begin));
-                        const uint2 masked = make_uint2(b.x & mask, b.y & mask);
-                        int ones[4] = {};
-                        mma_b1(ones, make_uint4(~0u, ~0u, ~0u, ~0u), masked);
-                        const int x_bits = ones[0] + second * ones[1];
-#pragma unroll
-                        for (int r = 0; r < C::row_tiles; r++) {
-                            int sum[4] = {};
-#pragma unroll
-                            for (int p = 0; p < C::planes; p++) {
-                                int product[4] = {};
-                                mma_b1(product, planes[d][r][p], masked);
-#pragma unroll
-                                for (int e = 0; e < 4; e++) sum[e] += product[e] << p;
-                            }
-                            const int row = min(first_row_tile + r, row_tiles - 1) * 16 + g;
-#pragma unroll
-                            for (int half = 0; half < 2; half++) {
-                                const int at = row + 8 * half;
-                                int zero;
-                                float factor = x_factor;
-                                if constexpr (C::grouped) {
-                                    zero = static_cast<const unsigned char*>(w_zero)[(long long)group * padded_rows + at];
-                                    factor *= w_scale[(long long)group * padded_rows + at];
-                                } else {
-                                    zero = static_cast<const int*>(w_zero)[at];
-                                }
-                                scaled[r][n][half] += factor * float(sum[2 * half] + second * sum[2 * half + 1] - zero * x_bits);
-                            }
-                        }
+                for (int half = 0; half < 2; half++) {
+                    const int row = row_tile * 16 + g + 8 * half;
+                    if constexpr (C::grouped) {
+                        const long long at = (long long)group * padded_rows + row;
+                        factors[slot][i][half].scale = inside ? w_scale[at] : 0;
+                        factors[slot][i][half].zero = inside ? static_cast<const unsigned char*>(w_zero)[at] : 0;
+                    } else {
+                        factors[slot][i][half].scale = 1;
+                        factors[slot][i][half].zero = inside ? static_cast<const int*>(w_zero)[row] : 0;
                     }
                 }
             }
         }
+    };
+    // What the epilogue needs of the row whose outputs this thread will write; also loaded a tile ahead
+    float scale_next = 1, offset_next = 0;
+    int zero_next = 0, sum_next = 0;
+    auto load_row = [&](int row_tile) {
+        const int row = min(row_tile, row_tiles - 1) * 16 + threadIdx.x % 16;
+        if constexpr (!C::grouped) scale_next = w_scale[row];
+        if constexpr (!C::in_floats) {
+            zero_next = static_cast<const int*>(w_zero)[row];
+            sum_next = static_cast<const int*>(w_sum)[row];
+        } else if constexpr (C::grouped && C::bits < 16) {
+            offset_next = static_cast<const float*>(w_sum)[row];
+        }
+    };
+#pragma unroll
+    for (int d = 0; d < C::depth; d++) load(d, blockIdx.x, d);
+    load_row(blockIdx.x);
+    if (C::programmatic) grid_dependency_launch();
+    if (C::programmatic) grid_dependency_wait();
+
+    // This warp's k-blocks of x, as fragments of bit-planes
+    uint2 fragment[C::x_blocks][C::tiles];
+    Grid grid{};
+    if constexpr (C::fused) {
+        const T* raw = static_cast<const T*>(x);
+        if (threadIdx.x == 0) fused_sum = 0;
+        auto column_of = [&](int b, int i) {
+            const int kb = b * C::warps + warp;
+            return source_column<C::group_size, C::group_padded>(256 * kb + 32 * i + first_column(lane), K);
+        };
+        T bits[C::x_blocks][8];  // all loads before the first use, none of them conditional: one latency, not several
+#pragma unroll
+        for (int b = 0; b < C::x_blocks; b++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) bits[b][i] = raw[max(column_of(b, i), 0)];
+        float value[C::x_blocks][8], top = 0, bottom = 0;
+#pragma unroll
+        for (int b = 0; b < C::x_blocks; b++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                value[b][i] = column_of(b, i) >= 0 ? to_float(bits[b][i]) : 0;
+                top = fmaxf(top, value[b][i]);
+                bottom = fmaxf(bottom, -value[b][i]);
+            }
+        top = warp_max(top);
+        bottom = warp_max(bottom);
+        if (lane == 0) {
+            tops[warp] = top;
+            bottoms[warp] = bottom;
+        }
+        __syncthreads();
+        top = warp_max(lane < C::warps ? tops[lane] : 0);
+        bottom = warp_max(lane < C::warps ? bottoms[lane] : 0);
+        grid = choose_grid<C::bits, C::symmetric>(-bottom, top);
+        int sum = 0;
+#pragma unroll
+        for (int b = 0; b < C::x_blocks; b++) {
+            unsigned low = 0, high = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const unsigned code = column_of(b, i) >= 0 ? code_of<C::bits>(value[b][i], grid) : 0;
+                sum += code;
+                (i < 4 ? low : high) |= code << (8 * (i % 4));
+            }
+            fragment[b][0] = plane_fragment(low, high, lane);
+        }
+        sum = __reduce_add_sync(~0u, sum);
+        if (lane == 0) atomicAdd(&fused_sum, sum);
+    } else {
+#pragma unroll
+        for (int b = 0; b < C::x_blocks; b++)
+#pragma unroll
+            for (int n = 0; n < C::tiles; n++) {
+                const int kb = b * C::warps + warp;
+                const uint2* from = static_cast<const uint2*>(x) + ((long long)kb * x_tiles + first_tile + n) * 32 + lane;
+                fragment[b][n] = kb < k_blocks ? *from : make_uint2(0, 0);
+            }
     }
 
-    // Columns of a token together, first within a lane, then over the lanes of a quad
+    int parity = 0;
+    for (int row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x, parity ^= 1) {
+        const int n_out = row_tile * 16 + threadIdx.x % 16;
+        const float scale_out = scale_next, offset_out = offset_next;
+        const int zero_out = zero_next, sum_out = sum_next;
+        load_row(row_tile + gridDim.x);
+
+        int plane_sums[by_plane ? C::tiles : 1][by_plane ? C::planes : 1][4] = {};
+        Sum sums[C::tiles][2] = {};  // columns 2t + 2 * column 2t + 1; rows g and g + 8
 #pragma unroll
-    for (int r = 0; r < C::row_tiles; r++)
+        for (int b = 0; b < C::x_blocks; b++) {
+            const int slot = b % C::depth, kb = b * C::warps + warp;
+            if constexpr (by_plane) {
+#pragma unroll
+                for (int p = 0; p < C::planes; p++)
+#pragma unroll
+                    for (int n = 0; n < C::tiles; n++) mma_b1(plane_sums[n][p], planes[slot][p], fragment[b][n]);
+            } else if constexpr (!C::in_floats) {
+#pragma unroll
+                for (int n = 0; n < C::tiles; n++)
+#pragma unroll
+                    for (int p = 0; p < C::planes; p++) {
+                        int product[4] = {};
+                        mma_b1(product, planes[slot][p], fragment[b][n]);
+#pragma unroll
+                        for (int half = 0; half < 2; half++)
+                            sums[n][half] += (product[2 * half] + 2 * product[2 * half + 1]) << p;
+                    }
+            } else {
+                const int first = 8 * kb / C::group_words;
+#pragma unroll
+                for (int n = 0; n < C::tiles; n++) {
+                    // Column 2t + 1 against column 2t: twice the weight, and 16 bits are signed
+                    const int second = C::columns == 16 && n % 2 == 1 && t == 3 ? -2 : 2;
+                    float x_factor = 1;
+                    if constexpr (C::bits == 16) x_factor = x_scale[min(kb, k_blocks - 1) * M + min(first_token + n / 2, M - 1)];
+#pragma unroll
+                    for (int i = 0; i < groups_met; i++) {
+                        // Words of 32 columns of this group in the k-block: bits i of every byte
+                        const int begin = min(max((first + i) * C::group_words - 8 * kb, 0), 8);
+                        const int end = min((first + i + 1) * C::group_words - 8 * kb, 8);
+                        const unsigned mask = 0x01010101u * ((1u << end) - (1u << begin));
+                        const uint2 masked = make_uint2(fragment[b][n].x & mask, fragment[b][n].y & mask);
+                        int ones[4] = {};
+                        mma_b1(ones, make_uint4(~0u, ~0u, ~0u, ~0u), masked);
+                        int sum[4] = {};
+#pragma unroll
+                        for (int p = 0; p < C::planes; p++) {
+                            int product[4] = {};
+                            mma_b1(product, planes[slot][p], masked);
+#pragma unroll
+                            for (int e = 0; e < 4; e++) sum[e] += product[e] << p;
+                        }
+                        const int x_bits = ones[0] + second * ones[1];
+#pragma unroll
+                        for (int half = 0; half < 2; half++) {
+                            const Factor factor = factors[slot][i][half];
+                            const int value = sum[2 * half] + second * sum[2 * half + 1] - factor.zero * x_bits;
+                            sums[n][half] += factor.scale * x_factor * float(value);
+                        }
+                    }
+                }
+            }
+            if (b + C::depth < C::x_blocks) load(slot, row_tile, b + C::depth);
+            else load(slot, row_tile + gridDim.x, b + C::depth - C::x_blocks);
+        }
+
+        // The columns of a token together: in a lane, over the lanes of a quad, and over the two tiles of 16 bits
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             Sum value[C::tiles];
 #pragma unroll
             for (int n = 0; n < C::tiles; n++) {
-                if constexpr (C::in_floats) {
-                    value[n] = scaled[r][n][half] * float(1 << (2 * t % C::columns) << (C::columns == 16 ? n % 2 * 8 : 0));
-                } else {
-                    if constexpr (D::by_plane)
+                if constexpr (by_plane)
 #pragma unroll
-                        for (int p = 0; p < C::planes; p++)
-#pragma unroll
-                            for (int e = 0; e < 2; e++) sums[r][n][2 * half + e] += by_plane[r][n][p][2 * half + e] << p;
-                    value[n] = (sums[r][n][2 * half] + 2 * sums[r][n][2 * half + 1]) << (2 * t % C::columns);
-                }
+                    for (int p = 0; p < C::planes; p++)
+                        sums[n][half] += (plane_sums[n][p][2 * half] + 2 * plane_sums[n][p][2 * half + 1]) << p;
+                value[n] = sums[n][half] * Sum(1 << (2 * t % C::columns + (C::columns == 16 ? n % 2 * 8 : 0)));
                 if constexpr (C::columns >= 4) value[n] += __shfl_xor_sync(~0u, value[n], 1);
                 if constexpr (C::columns >= 8) value[n] += __shfl_xor_sync(~0u, value[n], 2);
             }
-            const int row = 16 * r + 8 * half + g;
+            const int row = 8 * half + g;
+            if constexpr (C::columns == 16) {
 #pragma unroll
-            for (int n = 0; n < C::tiles; n++) {
-                if constexpr (C::columns == 16) {
-                    if (n % 2 == 0 && t == 0) partial[warp][n / 2][row] = value[n] + value[n + 1 < C::tiles ? n + 1 : n];
+                for (int n = 0; n < C::tiles; n += 2)
+                    if (t == 0) partial[parity][warp][n / 2][row] = value[n] + value[n + 1];
+            } else {
+                constexpr int lanes = C::columns / 2;  // that share a token
+#pragma unroll
+                for (int n = 0; n < C::tiles; n++)
+                    if (t % lanes == 0) partial[parity][warp][(8 / C::columns) * n + t / lanes][row] = value[n];
+            }
+        }
+        __syncthreads();
+
+        for (int at = threadIdx.x; at < tokens * 16; at += 32 * C::warps) {
+            const int m = first_token + at / 16;
+            if (m >= M || n_out >= N) continue;
+            Sum sum = 0;
+#pragma unroll
+            for (int w = 0; w < C::warps; w++) sum += partial[parity][w][at / 16][at % 16];
+            float value;
+            if constexpr (C::bits == 16) {
+                value = __fmul_rn(sum, scale_out);
+            } else {
+                const float scale = C::fused ? grid.scale : x_scale[m];
+                const int zero = C::fused ? grid.zero : x_zero[m];
+                if constexpr (C::in_floats) {
+                    value = output_grouped(sum, offset_out, zero, scale);
                 } else {
-                    constexpr int lanes = C::columns / 2;  // that share a token
-                    if (t % lanes == 0) partial[warp][(8 / C::columns) * n + t / lanes][row] = value[n];
+                    value = output_per_channel(sum, zero_out, sum_out, scale_out, zero, C::fused ? fused_sum : x_sum[m], scale);
                 }
             }
+            y[(long long)m * N + n_out] = from_float<T>(bias ? __fadd_rn(value, bias[n_out]) : value);
         }
-    if constexpr (C::fused && !C::in_floats) {
-        code_sum = warp_sum(code_sum);
-        if (lane == 0) atomicAdd(&fused_sum, code_sum);
-    }
-    __syncthreads();
-
-    for (int at = threadIdx.x; at < D::tokens * D::rows; at += 32 * C::warps) {
-        const int row = at % D::rows, n = first_row_tile * 16 + row, m = first_tile * 8 / C::columns + at / D::rows;
-        if (m >= M || n >= N) continue;
-        Sum sum = 0;
-#pragma unroll
-        for (int w = 0; w < C::warps; w++) sum += partial[w][at / D::rows][row];
-        float value;
-        if constexpr (C::bits == 16) {
-            value = C::grouped ? sum : __fmul_rn(sum, w_scale[n]);
-        } else {
-            const float scale = C::fused ? grid.scale : x_scale[m];
-            const int zero = C::fused ? grid.zero : x_zero[m];
-            if constexpr (C::grouped) {
-                value = output_grouped(sum, static_cast<const float*>(w_sum)[n], zero, scale);
-            } else {
-                const int total = C::fused ? fused_sum : x_sum[m];
-                value = output_per_channel(
-                    sum, static_cast<const int*>(w_zero)[n], static_cast<const int*>(w_sum)[n], w_scale[n], zero, total, scale);
-            }
-        }
-        y[(long long)m * N + n] = from_float<T>(bias ? __fadd_rn(value, bias[n]) : value);
     }
 }

@@ -84,6 +84,10 @@ template <class C> struct GemmMma {
     static constexpr int ends_apart = greatest_common_divisor(C::group_words, 8);      // a group ends at multiples of this only
     static constexpr int slice_unit = C::grouped ? C::group_words / ends_apart : 1;  // blocks after which both end
 
+    // Blocks whose weights are under way before there are tokens. Few tokens wait for memory: the last stage is filled too, though its
+    // tokens follow in the loop. Many wait for tensor cores and have no registers to spare.
+    static constexpr int early_weights = C::tokens <= 32 ? C::stages : C::stages - 1;
+
     // A sum of less than 2^23 that begins at the bits of the float 2^23 is the float 2^23 + sum: no conversion needed
     static constexpr bool sums_in_mantissa =
         C::grouped && C::group_words < 1024 && ((1 << C::planes) - 1) * 255 * 32ll * C::group_words < (1 << 23);
@@ -309,7 +313,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
 
     // Weights are always there, tokens only after the previous kernel
 #pragma unroll
-    for (int stage = 0; stage < C::stages - 1; stage++)
+    for (int stage = 0; stage < G::early_weights; stage++)
         if (kb_begin + stage < kb_end) load_weights(kb_begin + stage, queue + stage * G::stage_bytes);
     for (int row = thread; row < G::rows && first_row + row < N; row += G::threads) {
         if constexpr (!C::grouped) {
@@ -349,7 +353,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
         partial_barrier<G::slice_threads>(1 + slice);  // the stage is complete, and no one reads the one before it any more
         if (int next = kb + C::stages - 1; next < kb_end) {
             unsigned char* free_stage = queue + (stage == 0 ? C::stages - 1 : stage - 1) * G::stage_bytes;
-            load_weights(next, free_stage);
+            if (G::early_weights < C::stages || kb > kb_begin) load_weights(next, free_stage);
             load_tokens(next, free_stage);
         }
         copy_async_commit();

@@ -35,31 +35,44 @@ template <class C> struct Planes {
     }
 };
 
+// Stays where it is written: the compiler would move a load to its first use.
+__device__ inline int2 load_global_2(const int* address) {
+    int2 value;
+    asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
+    return value;
+}
+
 // Sums over groups, in fp32: rows n, n + 8 of one lane, and the tokens of the tile
 template <class C> struct GroupSums {
+    static constexpr int span = greatest_divisor(C::group_words, 8);  // a group ends only after a multiple of so many steps
     float total[C::tokens / 2];
     float scales[2];  // of the present group
-    int zeros[2] = {0, 0};
+    int minus_zeros[2];
+    int2 codes[C::tokens / 8];  // sums of the tokens' codes over the present group
     int group = 0;
     const float* scale;
     const unsigned char* zero;
     const int* token_sums;  // group_sum[group][m]
     int row_stride, token_stride, groups;
 
-    // Long before they are used
+    // Both long before they are used: nothing else runs in this warpgroup while a group is added
+    __device__ void load_tokens() {
+        if (!C::has_zero_point || group >= groups) return;
+#pragma unroll
+        for (int j = 0; j < C::tokens / 8; ++j) codes[j] = load_global_2(token_sums + 8 * j);
+    }
     __device__ void load_rows() {
         if (group >= groups) return;
         scales[0] = __ldg(scale), scales[1] = __ldg(scale + 8);
-        if constexpr (C::has_zero_point) zeros[0] = __ldg(zero), zeros[1] = __ldg(zero + 8);
+        if constexpr (C::has_zero_point) minus_zeros[0] = -int(__ldg(zero)), minus_zeros[1] = -int(__ldg(zero + 8));
     }
     __device__ void add(const int (&acc)[C::tokens / 2]) {
 #pragma unroll
         for (int j = 0; j < C::tokens / 8; ++j) {
-            int2 sum = make_int2(0, 0);
-            if constexpr (C::has_zero_point) sum = __ldg(reinterpret_cast<const int2*>(token_sums + 8 * j));
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int v = acc[4 * j + i] - zeros[i / 2] * (i % 2 ? sum.y : sum.x);
+                int v = acc[4 * j + i];
+                if constexpr (C::has_zero_point) v += minus_zeros[i / 2] * (i % 2 ? codes[j].y : codes[j].x);
                 total[4 * j + i] = fmaf(float(v), scales[i / 2], total[4 * j + i]);
             }
         }
@@ -68,10 +81,10 @@ template <class C> struct GroupSums {
     }
 };
 
-// blocks: x over the rows (a multiple of `cluster`), y over the tokens. MT, the token tiles of 8 that x has, is a multiple of
+// blocks: x over the rows, y over the tokens. MT, the token tiles of 8 that x has, is a multiple of
 // tokens / 8. If grouped, w_scale, w_zero and x_sum are [groups][...], and w_centered is the offset.
 template <class C>
-__global__ void __launch_bounds__(GemmShape<C>::threads, C::resident) __cluster_dims__(C::cluster, 1, 1)
+__global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
     gemm_wgmma(const uint4* weight, const unsigned char* x, const float* w_scale,
                const typename Either<C::grouped, unsigned char, int>::type* w_zero,
                const typename Either<C::grouped, float, int>::type* w_centered, const float* x_scale, const int* x_zero,
@@ -122,6 +135,9 @@ __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident) __cluster_
 
 #pragma unroll
             for (int i = 0; i < 8; ++i) {  // 32 columns each
+                if constexpr (C::grouped) {
+                    if (i % GroupSums<C>::span == 0) sums.load_tokens();
+                }
                 if (i % C::stage_steps == 0) barrier_wait<C::debug>(shared.x_full(stage.index), stage.parity);
                 const unsigned long long b = core_matrices(
                     shared.x(stage.index) + i % C::stage_steps * 2 * Shape::chunk_bytes, Shape::chunk_bytes, 128);
@@ -144,7 +160,7 @@ __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident) __cluster_
 
                 if constexpr (C::grouped) {
                     accumulate = 1;
-                    if ((i + 1) % greatest_divisor(C::group_words, 8) == 0) {  // the only places where a group can end
+                    if ((i + 1) % GroupSums<C>::span == 0) {
                         wgmma_wait<0>();
                         wgmma_fence_registers(acc[0]);
                         const bool ends = (8 * kb + i + 1) % C::group_words == 0 || (kb == KB - 1 && i == 7);
@@ -190,5 +206,4 @@ __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident) __cluster_
             }
         }
     }
-    if constexpr (C::cluster > 1) cluster_sync();  // no block leaves while another may still write to it
 }

@@ -54,7 +54,7 @@ template <class C> struct BinaryProducts {
 
 // Arguments as of `gemm_wgmma`, x as planes, [KB][x_planes][2 halves][MT][8 tokens][16 bytes].
 template <class C>
-__global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident) __cluster_dims__(C::cluster, 1, 1)
+__global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident)
     gemm_wgmma_b1(const uint4* weight, const unsigned char* x, const float* w_scale, const int* w_zero,
                   const int* w_centered_sum, const float* x_scale, const int* x_zero, const int* x_sum, const float* bias,
                   typename C::T* y, int M, int N, int KB, int MT) {
@@ -106,5 +106,4 @@ __global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident) __cluste
             per_channel<C::tokens>(results, sums, rows, shared.token_data(j, lane));
         });
     }
-    if constexpr (C::cluster > 1) cluster_sync();
 }

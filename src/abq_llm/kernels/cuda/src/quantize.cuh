@@ -33,15 +33,15 @@ template <class C> struct Source {
 
 template <class C> __global__ void __launch_bounds__(C::threads) quantize(
     const typename C::T* x, const typename C::T* other, float epsilon, unsigned* codes, float* scales, int* zeros, int* sums,
-    int* group_sums, int tokens, int columns, int k_blocks, int tiles) {
+    int* group_sums, int tokens, int columns, int k_blocks, int tiles, int groups) {
     constexpr int warps = C::threads / 32, code_bits = C::bits == 16 ? 8 : C::bits;
     __shared__ float lows[warps], highs[warps];
     __shared__ int total;
     extern __shared__ int group_totals[];  // [groups], if they are asked for
     const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int groups = C::group_sums ? ceil_div(k_blocks * 256, C::group_padded) : 0;
     if (threadIdx.x == 0) total = 0;
-    for (int g = threadIdx.x; g < groups; g += C::threads) group_totals[g] = 0;
+    if constexpr (C::group_sums)
+        for (int g = threadIdx.x; g < groups; g += C::threads) group_totals[g] = 0;
     grid_dependency_launch();
     grid_dependency_wait();
 
@@ -67,11 +67,15 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
     Grid grid{};
     if constexpr (C::bits < 16) {
         float lo = 0, hi = 0;
-#pragma unroll 4
-        for (int k = threadIdx.x; k < columns; k += C::threads) {
-            float value = source(k);
-            lo = fminf(lo, value);
-            hi = fmaxf(hi, value);
+        for (int k0 = threadIdx.x; k0 < columns; k0 += 8 * C::threads) {
+            float value[8];  // eight loads under way
+#pragma unroll
+            for (int i = 0; i < 8; i++) value[i] = source(min(k0 + i * C::threads, columns - 1));
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                lo = fminf(lo, value[i]);
+                hi = fmaxf(hi, value[i]);
+            }
         }
         warp_range(lo, hi);
         if (lane == 0) {
@@ -110,16 +114,19 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
 #pragma unroll
             for (int i = 0; i < 8; i++) code[i] = unsigned(int(rintf(value[i] * reciprocal)));
         } else {
+            float value[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) value[i] = source(max(column[i], 0));
             int block_sum = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                code[i] = column[i] >= 0 ? code_of<code_bits>(source(column[i]), grid) : 0;
+                code[i] = column[i] >= 0 ? code_of<code_bits>(value[i], grid) : 0;
                 block_sum += code[i];
             }
             sum += block_sum;
             if constexpr (C::group_sums) {  // a lane's eight neighbours are in one group: it is a multiple of 32
                 int group = (256 * kb + 8 * lane) / C::group_padded;
-                if (block_sum) atomicAdd(&group_totals[group], block_sum);
+                if (group < groups) atomicAdd(&group_totals[group], block_sum);
             }
         }
 #pragma unroll
@@ -158,6 +165,7 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
             zeros[token] = grid.zero;
             sums[token] = total;
         }
-        for (int g = threadIdx.x; g < groups; g += C::threads) group_sums[(long long)g * tiles * 8 + token] = group_totals[g];
+        if constexpr (C::group_sums)
+            for (int g = threadIdx.x; g < groups; g += C::threads) group_sums[(long long)g * tiles * 8 + token] = group_totals[g];
     }
 }

@@ -10,7 +10,7 @@ __device__ inline void barrier_init(unsigned barrier, unsigned arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine and to the cluster's other blocks.
+// Makes initialised barriers visible to the copy engine.
 __device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ inline void barrier_arrive_expecting(unsigned barrier, unsigned bytes) {
@@ -19,15 +19,6 @@ __device__ inline void barrier_arrive_expecting(unsigned barrier, unsigned bytes
 
 __device__ inline void barrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// The same barrier of block `rank` of this cluster
-__device__ inline void barrier_arrive_at(unsigned barrier, unsigned rank) {
-    asm volatile(
-        "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
 }
 
 __device__ inline unsigned long long nanoseconds() {
@@ -59,17 +50,6 @@ __device__ inline void named_barrier(int name, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
-// ----------------------------------------------------------------------------------------------------------- clusters
-
-__device__ inline unsigned cluster_rank() {
-    unsigned rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-__device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // --------------------------------------------------------------------------------------------------------------- copies
 // `bytes` and both addresses are multiples of 16; the barrier counts the bytes.
 
@@ -77,16 +57,6 @@ __device__ inline void bulk_copy(unsigned shared, const void* global, unsigned b
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
         "l"(global), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-
-// To the same address, and with the same barrier, of each block of the cluster in `mask`
-__device__ inline void bulk_copy_multicast(unsigned shared, const void* global, unsigned bytes, unsigned barrier,
-                                           unsigned short mask) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-        "%4;" ::"r"(shared),
-        "l"(global), "r"(bytes), "r"(barrier), "h"(mask)
         : "memory");
 }
 

@@ -6,7 +6,6 @@
 //
 // One more warpgroup produces: its first warp copies x into a ring of stages, its second the weights into a ring of slots
 // (one slot is a k-block of 256 columns). Every piece is contiguous in global memory, so that plain bulk copies do.
-// The blocks of a `cluster` have the same tokens, and each copies its part of x for all of them: x is what weighs on L2.
 #pragma once
 #include "epilogue.cuh"
 #include "wgmma.cuh"
@@ -37,7 +36,6 @@ template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
     static constexpr bool deals_registers = registers < consumer_registers;
 
     static_assert(C::tokens % 8 == 0 && chunks_per_block % chunks_per_stage == 0);
-    static_assert(C::cluster == 1 || chunks_per_stage % C::cluster == 0);
     static_assert((2 * (C::stages + C::weight_slots) + 1) * 8 <= barrier_bytes);
     static_assert(row_tiles <= 32 && chunks_per_stage <= 32, "one lane copies one piece");
 };
@@ -71,7 +69,7 @@ template <class C, class Shape> struct Shared {
         constexpr int consumer_warps = C::consumers * 4;
         for (int i = 0; i < C::stages; ++i) {
             barrier_init(x_full(i), 1);
-            barrier_init(x_empty(i), consumer_warps * C::cluster);
+            barrier_init(x_empty(i), consumer_warps);
         }
         for (int i = 0; i < C::weight_slots; ++i) {
             barrier_init(weight_full(i), 1);
@@ -81,13 +79,9 @@ template <class C, class Shape> struct Shared {
         barrier_init_fence();
     }
 
-    __device__ void init_together() const {  // by all threads of the block, and of the cluster
+    __device__ void init_together() const {  // by all threads of the block
         if (threadIdx.x == 0) init();
-        if constexpr (C::cluster > 1) {
-            cluster_sync();
-        } else {
-            __syncthreads();
-        }
+        __syncthreads();
     }
 
     // By all consumers: the token data are there, and the stages and slots are read and free to become the way out; returns
@@ -98,13 +92,9 @@ template <class C, class Shape> struct Shared {
         return x(0) + threadIdx.x / 128 * C::tokens * out_pitch<T>;
     }
 
-    // A warp has done with a stage: every block that copies into it must know.
+    // A warp has done with a stage.
     __device__ void release_x(int stage, int lane) const {
-        if constexpr (C::cluster == 1) {
-            if (lane == 0) barrier_arrive(x_empty(stage));
-        } else {
-            if (lane < C::cluster) barrier_arrive_at(x_empty(stage), lane);
-        }
+        if (lane == 0) barrier_arrive(x_empty(stage));
     }
 };
 
@@ -119,12 +109,8 @@ __device__ inline void produce_x(const Shared<C, Shape>& shared, const unsigned 
         if (lane == 0) barrier_arrive_expecting(full, Shape::stage_bytes);
         __syncwarp();
         if (lane < chunks_per_stage) {
-            const unsigned to = shared.x(place.index) + lane * Shape::chunk_bytes;
-            if constexpr (C::cluster == 1) {
-                bulk_copy(to, x + lane * chunk_stride, Shape::chunk_bytes, full);
-            } else if (lane % C::cluster == cluster_rank()) {
-                bulk_copy_multicast(to, x + lane * chunk_stride, Shape::chunk_bytes, full, (1 << C::cluster) - 1);
-            }
+            bulk_copy(shared.x(place.index) + lane * Shape::chunk_bytes, x + lane * chunk_stride, Shape::chunk_bytes,
+                      full);
         }
         x += chunks_per_stage * chunk_stride;
         place.advance();

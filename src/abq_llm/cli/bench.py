@@ -1,0 +1,198 @@
+"""`abq bench`: how fast the kernels are on this machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from abq_llm.cli.common import JsonFile, check_json, figure, progress_bar, read_shape, write_json
+from abq_llm.errors import AbqError
+
+if TYPE_CHECKING:
+    import torch
+
+    from abq_llm.evaluation.kernel_speed import Row
+
+SCHEMES = ("W2A8", "W2*A8", "W3A8", "W4A8", "W8A8", "W4A4", "W6A6", "W2A2", "W2A16", "W4A16g128")
+TOKENS = (1, 2, 4, 8, 16, 64, 512, 2048)
+LLAMA = {"7b": (4096, 11008), "13b": (5120, 13824), "30b": (6656, 17920)}  # hidden and intermediate size
+
+bench = typer.Typer(help="Measure how fast the kernels are on this machine.", no_args_is_help=True)
+
+
+@bench.callback()
+def _group() -> None:
+    """So that `abq bench` stays a group of commands, even of one."""
+
+
+@bench.command("kernels")
+def bench_kernels(
+    scheme: Annotated[
+        list[str] | None, typer.Option("--scheme", "-s", help=f"Repeatable; default: {' '.join(SCHEMES)}.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NxK", help="Output x input features of a linear; repeatable.")
+    ] = None,
+    model_shapes: Annotated[
+        str | None, typer.Option(metavar="|".join(LLAMA), help="The linears of LLaMA of this size (default: 7b).")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option("--tokens", "-m", min=1, help=f"Repeatable; default: {' '.join(map(str, TOKENS))}."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    backend: Annotated[str, typer.Option(help="Our kernels: auto, reference, ...")] = "auto",
+    rivals: Annotated[
+        bool, typer.Option(help="Also time torch in fp16 and int8, and on a GPU humming if it is installed.")
+    ] = True,
+    check: Annotated[bool, typer.Option(help="Compare with the reference backend, up to 64 tokens.")] = True,
+    commit: Annotated[
+        str | None, typer.Option(help="Recorded as that of the code, where there is no git history.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the times to FILE, a PNG.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time linear layers of any scheme on cold weights, activation quantization included."""
+    check_json(json_file)
+    check_json(plot, "--plot")
+    from abq_llm import kernels
+    from abq_llm.devices import pick_device
+    from abq_llm.evaluation import kernel_plot, kernel_speed, kernels_compared
+    from abq_llm.scheme import Scheme
+
+    if plot:
+        kernel_plot.check_matplotlib()
+    place = pick_device(device)
+    name = kernels.choose_backend(backend, place)
+    schemes = [Scheme.parse(text) for text in dict.fromkeys(scheme or SCHEMES)]
+    sizes = _shapes(shape or [], model_shapes)
+    counts = list(dict.fromkeys(tokens or TOKENS))
+    candidates = [kernels_compared.ours(name, parsed) for parsed in schemes]
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if rivals:
+        candidates[:0] = [kernels_compared.torch_fp16(), kernels_compared.torch_int8()]
+        if place.type == "cuda" and (missing := kernels_compared.humming_missing()):
+            errors.print(missing)
+        elif place.type == "cuda":
+            candidates += filter(None, map(kernels_compared.humming, schemes))
+
+    bandwidth = kernel_speed.read_bandwidth(place)
+    rows: list[Row] = []
+    failures: list[kernel_speed.Failure] = []
+    with progress_bar(errors) as bar:
+        task = bar.add_task("kernels", total=len(candidates) * len(sizes) * len(counts), note="")
+        for result in kernel_speed.measure(candidates, sizes, counts, place, bandwidth=bandwidth, check=check):
+            if isinstance(result, kernel_speed.Failure):
+                failures.append(result)
+                bar.console.print(f"failed: {result}", markup=False)
+            else:
+                rows.append(result)
+            whole = isinstance(result, kernel_speed.Failure) and result.m is None
+            note = f"{result.kernel} {result.scheme} {result.n}x{result.k}"
+            bar.update(task, advance=len(counts) if whole else 1, note=note)
+    if not rows:
+        raise AbqError(f"nothing could be measured: {failures[0]}")
+
+    values = {
+        "device": _device_name(place),
+        "backend": name,
+        "bandwidth_gb_per_s": bandwidth / 1e9,
+        "versions": _versions(),
+        "commit": commit or _commit(),
+        "rows": [asdict(row) for row in rows],
+        "failures": [asdict(failure) for failure in failures],
+    }
+    write_json(json_file, values)
+    caption = f"{_device_name(place)}, reads {bandwidth / 1e9:,.0f} GB/s; us: the median"
+    Console().print(_table(rows, caption))
+    if plot:
+        kernel_plot.draw(rows, bandwidth, plot, title=_device_name(place))
+
+
+def _shapes(texts: list[str], model: str | None) -> list[tuple[int, int]]:
+    """ "NxK" texts and the linears of a model -> (n, k), each once."""
+    if model is not None and model not in LLAMA:
+        raise AbqError(f"--model-shapes {model}: is not one of {', '.join(LLAMA)}")
+    shapes = []
+    for text in texts:
+        pair = read_shape(text)
+        if pair is None:
+            raise AbqError(f"--shape {text}: is not NxK, for example 4096x11008")
+        shapes.append(pair)
+    if model or not texts:
+        hidden, intermediate = LLAMA[model or "7b"]
+        shapes += [(hidden, hidden), (intermediate, hidden), (hidden, intermediate)]
+    return list(dict.fromkeys(shapes))
+
+
+def _table(rows: list[Row], caption: str) -> Table:
+    table = Table(caption=caption)
+    for column in ("N x K", "M", "kernel", "scheme", "us", "GB/s", "of the floor", "TOPS", "x fp16", "exact"):
+        table.add_column(column, justify="left" if column in ("kernel", "scheme") else "right", no_wrap=True)
+    shapes = list(dict.fromkeys((row.n, row.k) for row in rows))
+    rows = sorted(rows, key=lambda row: (shapes.index((row.n, row.k)), row.m))
+    for before, row in zip([rows[0], *rows], rows, strict=False):
+        if (before.n, before.k, before.m) != (row.n, row.k, row.m):
+            table.add_section()
+        exact = "" if row.max_relative_error is None else f"{row.max_relative_error:.0e}"
+        if row.bit_exact is not None:
+            exact = "yes" if row.bit_exact else f"NO {exact}"
+        table.add_row(
+            f"{row.n}x{row.k}",
+            str(row.m),
+            row.kernel,
+            row.scheme,
+            figure(row.us),
+            figure(row.gb_per_s),
+            f"{row.fraction_of_bandwidth_floor:.0%}" + ("" if row.cold else " (hot)"),
+            figure(row.tops),
+            "" if row.ratio_to_fp16 is None else f"{row.ratio_to_fp16:.2f}",
+            exact,
+        )
+    return table
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    import abq_llm
+
+    versions = {"abq_llm": abq_llm.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    for package in ("cuda-core", "humming-kernels"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The commit of this code, "-dirty" after it if there are changes; None if git does not know this file."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return None if done.returncode else done.stdout.strip()
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+        return tracked and git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except OSError:  # no git
+        return None

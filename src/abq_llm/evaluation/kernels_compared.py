@@ -1,0 +1,143 @@
+"""The kernels that `kernel_speed` times, each a loader of a random weight and a function of x: ours, and the rivals."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from abq_llm import kernels
+from abq_llm.errors import AbqError
+from abq_llm.linear import buffer_layout
+from abq_llm.packing import pack_planes
+from abq_llm.scheme import Scheme
+
+SEED = 0
+INT8_TOKENS = 32  # padded to a multiple: torch._int_mm refuses fewer than 17
+
+
+class Loaded(NamedTuple):
+    """A weight as its kernel wants it (tensors or a module: something that deepcopy copies), and its size."""
+
+    weight: Any
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`load` (n, k, device) once, then `linear` (x fp16 [m, k], weight) -> fp16 [m, n] (torch-int8: int32)."""
+
+    name: str
+    scheme: str
+    load: Callable[[int, int, torch.device], Loaded]
+    linear: Callable[[Tensor, Any], Tensor]
+    capturable: bool = True  # by a CUDA graph
+    backend: str | None = None  # ours only
+    quantized: Scheme | None = None  # ours only
+
+
+def ours(backend: str, scheme: Scheme) -> Kernel:
+    """A backend of this package, with everything a layer does: quantize, pack, multiply, scale."""
+    if scheme.weight is None:
+        raise AbqError(f"{scheme}: its weights stay floating point, there is no kernel to time")
+
+    def load(n: int, k: int, device: torch.device) -> Loaded:
+        prepared = kernels.BACKENDS[backend].prepare(random_weight(scheme, n, k, device), scheme, k)
+        return Loaded(prepared, round(scheme.bits_per_weight(n, k) * n * k / 8))
+
+    def linear(x: Tensor, weight: list[Tensor]) -> Tensor:
+        return kernels.BACKENDS[backend].linear(x, weight, None, scheme)
+
+    name, capturable = f"abq-{backend}", backend != "reference"  # it makes tensors from numbers of the host
+    return Kernel(name, str(scheme), load, linear, capturable, backend, scheme)
+
+
+@lru_cache(maxsize=1)
+def random_weight(scheme: Scheme, n: int, k: int, device: torch.device) -> list[Tensor]:
+    """[weight_packed, weight_scale, (weight_zero_point)] as on disk, the same at every call."""
+    assert scheme.weight is not None and scheme.planes is not None
+    random = torch.Generator(device).manual_seed(SEED)
+    qmax = scheme.weight.qmax
+    codes = torch.randint(0, qmax + 1, (n, k), generator=random, device=device, dtype=torch.int16)
+    layout = buffer_layout(k, n, scheme, torch.float16)
+    groups = layout["weight_scale"][0]
+    tensors = [
+        pack_planes(codes, scheme.planes),
+        (torch.rand(groups, generator=random, device=device) / qmax + 0.5 / qmax).half(),
+    ]
+    if "weight_zero_point" in layout:
+        zero_points = torch.randint(0, qmax + 1, groups, generator=random, device=device)
+        tensors.append(zero_points.to(torch.uint8))
+    assert [(tensor.shape, tensor.dtype) for tensor in tensors] == list(layout.values())
+    return tensors
+
+
+def torch_fp16() -> Kernel:
+    """torch.nn.functional.linear: cuBLAS on a GPU."""
+
+    def load(n: int, k: int, device: torch.device) -> Loaded:
+        weight = _gaussian(n, k, device).half()
+        return Loaded(weight, weight.nbytes)
+
+    return Kernel("torch-fp16", "W16A16", load, torch.nn.functional.linear)
+
+
+def torch_int8() -> Kernel:
+    """torch._int_mm: the int8 product alone, of codes made beforehand, without scales."""
+
+    def load(n: int, k: int, device: torch.device) -> Loaded:
+        random = torch.Generator(device).manual_seed(SEED)
+        weight = torch.randint(-127, 128, (n, k), generator=random, device=device, dtype=torch.int8)
+        return Loaded(weight.t(), weight.nbytes)
+
+    @lru_cache(maxsize=1)  # made at the first call: neither timed nor captured
+    def codes(x: Tensor) -> Tensor:
+        scaled = (x / x.abs().amax() * 127).round().to(torch.int8)
+        return torch.nn.functional.pad(scaled, (0, 0, 0, -x.shape[0] % INT8_TOKENS))
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return torch._int_mm(codes(x), weight)[: x.shape[0]]
+
+    return Kernel("torch-int8", "W8A8", load, linear)
+
+
+def humming_missing() -> str | None:
+    """None if humming (https://github.com/vllm-project/humming) is installed, else the line to print."""
+    return None if importlib.util.find_spec("humming") else "humming: not installed, skipped"
+
+
+def humming(scheme: Scheme) -> Kernel | None:
+    """The kernel of humming for the same bits; its weights are symmetric. None where it has none.
+
+    The use of its API is that of the README of humming-kernels 0.1.19.
+    """
+    activations = {None: "float16", 8: "int8", 4: "int4"}
+    bits = scheme.activation and scheme.activation.bits
+    if scheme.weight is None or scheme.weight.balanced or bits not in activations:
+        return None
+    weight_config: dict[str, Any] = {"dtype": f"int{scheme.weight.bits}"}
+    if scheme.group_size:
+        weight_config["group_size"] = scheme.group_size
+
+    def load(n: int, k: int, device: torch.device) -> Loaded:
+        from humming.layer import HummingLayer
+
+        config = {"dtype": activations[bits]}
+        layer = HummingLayer(n, k, dict(weight_config), config, torch_dtype=torch.float16).to(device)
+        layer.load_from_unquantized(_gaussian(n, k, device).half())
+        layer.transform()
+        return Loaded(layer, sum(parameter.nbytes for parameter in layer.parameters()))
+
+    def linear(x: Tensor, layer: Any) -> Tensor:
+        return layer(x)
+
+    return Kernel("humming", str(scheme), load, linear)
+
+
+def _gaussian(n: int, k: int, device: torch.device) -> Tensor:
+    return torch.randn(n, k, generator=torch.Generator(device).manual_seed(SEED), device=device) / k**0.5
