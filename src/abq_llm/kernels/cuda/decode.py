@@ -80,8 +80,8 @@ def choose(problem: Problem, sms: int) -> Tile | None:
 
     def preference(tile: Tile) -> tuple[float, ...]:
         under_way = tile.warps * tile.depth * problem.planes * 512 * tile.blocks_per_sm
-        waste = tile.x_blocks(problem) * tile.warps / problem.k_blocks
-        return tile.fused, min(under_way, 32 * 1024), -waste, -tile.blocks_per_sm
+        idle = tile.x_blocks(problem) * tile.warps / problem.k_blocks
+        return tile.fused, min(under_way, 32 * 1024), tile.warps, -idle, tile.blocks_per_sm, tile.depth
 
     return max(tiles, key=preference) if tiles else None
 

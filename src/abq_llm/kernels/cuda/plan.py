@@ -12,7 +12,8 @@ from abq_llm.kernels.cuda.problem import Problem
 
 Tile = decode.Tile | gemm_mma.Tile | gemm_wgmma.Tile
 
-DECODE_COLUMNS = 128  # of the binary product, up to which it is bound by memory
+DECODE_COLUMNS = 16  # of the binary product, up to which it beats the int8 product, whose activations are more compact
+DECODE_TOKENS_16 = 32  # of 16-bit activations, up to which it beats a dequantized weight
 WGMMA_TOKENS = 48  # from which the warpgroup product is worth its larger blocks
 
 
@@ -46,7 +47,7 @@ class Plan:
 def choose(problem: Problem, gpu: Gpu) -> Plan:
     """The plan for a shape that nobody has tuned."""
     columns = problem.m * columns_per_token(problem.bits)
-    if problem.bits == 16 and columns > DECODE_COLUMNS:
+    if problem.bits == 16 and problem.m > DECODE_TOKENS_16:
         return Plan("dequantize")
     nine_planes = problem.planes > 8  # W8*: its codes are no bytes
     if nine_planes or problem.bits == 16 or (gpu.has_binary and columns <= DECODE_COLUMNS and not problem.group_size):
@@ -57,7 +58,7 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
         if problem.bits == 16:
             return Plan("dequantize")
     m, n, blocks, planes = problem.m, problem.n, problem.k_blocks, problem.planes
-    if gpu.has_wgmma and m >= WGMMA_TOKENS:
+    if gpu.has_wgmma and m >= WGMMA_TOKENS and _long_groups(problem):
         if not problem.group_size and planes * problem.bits < 8:
             return Plan("wgmma_b1", gemm_wgmma.choose_b1(m, n, blocks, planes, problem.bits, gpu.sms))
         return Plan("wgmma", gemm_wgmma.choose(m, n, blocks, planes, gpu.sms, problem.group_size > 0))
@@ -65,11 +66,16 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
     return Plan("mma", tile)
 
 
+def _long_groups(problem: Problem) -> bool:
+    """Whether groups, if any, are long enough for the warpgroup product, which waits at the end of each."""
+    return not problem.group_size or problem.group_words >= 4
+
+
 def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     """Every plan worth a measurement."""
     columns = problem.m * columns_per_token(problem.bits)
     plans = []
-    if problem.planes > 8 or columns <= 4 * DECODE_COLUMNS:
+    if problem.planes > 8 or columns <= (16 * DECODE_TOKENS_16 if problem.bits == 16 else 4 * DECODE_COLUMNS):
         plans += [Plan("decode", tile) for tile in decode.candidates(problem)]
     if problem.bits == 16:
         return [*plans, Plan("dequantize")]
@@ -78,7 +84,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     m, n, blocks, planes, grouped = problem.m, problem.n, problem.k_blocks, problem.planes, problem.group_size > 0
     words, limit = problem.group_words, gpu.shared_limit
     plans += [Plan("mma", tile) for tile in gemm_mma.candidates(m, n, blocks, planes, gpu.sms, words, grouped, limit)]
-    if gpu.has_wgmma and m > 8:
+    if gpu.has_wgmma and m > 8 and _long_groups(problem):
         plans += [Plan("wgmma", tile) for tile in gemm_wgmma.candidates(m, planes, grouped)]
         if not grouped and planes * problem.bits < 8:
             plans += [Plan("wgmma_b1", tile) for tile in gemm_wgmma.candidates_b1(m, planes, problem.bits)]

@@ -3,9 +3,14 @@
 
 #include "codes.cuh"
 
-// One warp a tile of 16 rows and 256 columns.
+template <class T> struct alignas(4 * sizeof(T)) Four {
+    T element[4];
+};
+
+// One warp a tile of 16 rows and 256 columns. C::in_fours: K and groups are multiples of four columns.
 template <class C> __global__ void __launch_bounds__(32 * C::warps) dequantize(
     const uint4* weight, const float* w_scale, const void* w_zero, typename C::T* out, int N, int K, int k_blocks, int row_tiles) {
+    using T = typename C::T;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int kb = blockIdx.x * C::warps + threadIdx.x / 32, tile = blockIdx.y;
     if (kb >= k_blocks) return;
@@ -20,22 +25,37 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps) dequantize(
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int group = C::grouped ? (8 * kb + i) / C::group_words : 0;
+            const bool inside = source_column<C::group_size, C::group_padded>(256 * kb + 32 * i, K) >= 0;
             const long long at = (long long)group * row_tiles * 16 + n;
+            const float scale = inside ? w_scale[at] : 0;
+            int zero = 0;
+            if (inside) zero = C::grouped ? static_cast<const unsigned char*>(w_zero)[at] : static_cast<const int*>(w_zero)[at];
 #pragma unroll
-            for (int h = 0; h < 2; h++)
+            for (int h = 0; h < 2; h++) {
+                const int padded = 256 * kb + 32 * i + 16 * h + 4 * t;
+                Four<T> four;
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    int column = source_column<C::group_size, C::group_padded>(256 * kb + 32 * i + 16 * h + 4 * t + j, K);
-                    if (column < 0) continue;
                     int code = 0;
 #pragma unroll
                     for (int p = 0; p < C::planes; p++) {
                         unsigned word = h ? (half ? planes[p].w : planes[p].z) : (half ? planes[p].y : planes[p].x);
                         code |= (word >> (i + 8 * j) & 1) << p;
                     }
-                    int zero = C::grouped ? static_cast<const unsigned char*>(w_zero)[at] : static_cast<const int*>(w_zero)[at];
-                    out[(long long)n * K + column] = from_float<typename C::T>(__fmul_rn(float(code - zero), w_scale[at]));
+                    four.element[j] = from_float<T>(__fmul_rn(float(code - zero), scale));
                 }
+                T* row = out + (long long)n * K;
+                if constexpr (C::in_fours) {
+                    const int column = source_column<C::group_size, C::group_padded>(padded, K);
+                    if (column >= 0) *reinterpret_cast<Four<T>*>(row + column) = four;
+                } else {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const int column = source_column<C::group_size, C::group_padded>(padded + j, K);
+                        if (column >= 0) row[column] = four.element[j];
+                    }
+                }
+            }
         }
     }
 }

@@ -35,10 +35,11 @@ template <class C> struct Planes {
     }
 };
 
-// Stays where it is written: the compiler would move a load to its first use.
+// Stays where it is written: the compiler would move a load to its first use. Not through the read-only cache, which knows
+// nothing of what the previous kernel wrote meanwhile.
 __device__ inline int2 load_global_2(const int* address) {
     int2 value;
-    asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
+    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address) : "memory");
     return value;
 }
 

@@ -42,8 +42,8 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
     if (threadIdx.x == 0) total = 0;
     if constexpr (C::group_sums)
         for (int g = threadIdx.x; g < groups; g += C::threads) group_totals[g] = 0;
-    grid_dependency_launch();
     grid_dependency_wait();
+    grid_dependency_launch();  // after the wait: what the product reads before its own may come from our predecessor
 
     Source<C> source{x + (long long)token * columns, other, 1.0f};
     if constexpr (C::prologue == 2) source.other += (long long)token * columns;
