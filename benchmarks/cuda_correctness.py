@@ -8,6 +8,9 @@ A case draws a scheme, a shape, and one plan: what the heuristic takes, or any c
     floats    random scales against the reference backend: equal per channel; with groups, whose fp32 sums are in
               another order, within 1e-6 of the sum of the terms' magnitudes (and half a step of the output's dtype)
 
+One case in ten is the quantizer alone, with RMSNorm or SiLU(gate) * up before it: codes, scale, zero point and sums must be
+those of `quantizers.py`; after a prologue, whose exp and sums round differently, up to one code step in 0.1 % of the codes.
+
 With 16-bit activations, the output is compared with fp64 products of the dequantized weight: relative error of the
 whole output below 1e-4.
 """
@@ -48,11 +51,59 @@ def draw(rng: random.Random) -> dict:
         "dtype": rng.choice(("float32", "float16", "bfloat16")),
         "bias": rng.random() < 0.3,
         "plan": None if rng.random() < 0.4 else rng.random(),
+        "prologue": rng.randrange(3) if bits < 16 and rng.random() < 0.1 else None,
     }
+
+
+def check_quantizer(case: dict) -> str | None:
+    """What is wrong with the codes of `activations.quantize`, laid out as bytes, or None."""
+    from abq_llm.kernels.cuda import activations
+    from abq_llm.kernels.cuda.problem import Problem
+    from abq_llm.quantizers import choose_qparams, quantize
+    from abq_llm.scheme import Scheme
+
+    scheme = Scheme.parse(case["scheme"], activation_symmetric=case["symmetric"][1])
+    (m, _, k), dtype = case["shape"], getattr(torch, case["dtype"])
+    problem = Problem.of(m, 8, k, scheme)
+    prologue = case["prologue"]
+    x, other = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, k, device="cuda").to(dtype)
+    if prologue == activations.RMS_NORM:
+        other = other[0].contiguous()
+        expected = other * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    elif prologue == activations.SILU_MUL:
+        expected = torch.nn.functional.silu(x) * other
+    else:
+        expected = x
+    grouped = problem.group_size > 0
+    token = activations.quantize(
+        x, problem, activations.BYTES, prologue=prologue, other=other, epsilon=1e-5, group_sums=grouped
+    )
+    bytes_ = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
+    codes = bytes_.permute(1, 2, 0, 3).reshape(-1, problem.k_blocks * 256)[:m].short()
+    size, padded = problem.group_size or k, problem.group_padded or k
+    column = torch.arange(k, device="cuda")
+    found = codes[:, column // size * padded + column % size]
+    assert scheme.activation is not None
+    qparams = choose_qparams(expected, scheme.activation)
+    wanted = quantize(expected, qparams, scheme.activation)
+    if prologue != activations.PLAIN:
+        far = (found - wanted).abs()
+        return None if far.max() <= 1 and far.count_nonzero() <= 1e-3 * far.numel() + 1 else f"codes off by {far.max()}"
+    sums = torch.stack([part.sum(1) for part in wanted.split(size, 1)]) if grouped else wanted.sum(1)
+    exact = {
+        "codes": torch.equal(found, wanted),
+        "scale": torch.equal(token.scale[:m], qparams.scale[:, 0]),
+        "zero point": torch.equal(token.zero[:m], qparams.zero_point[:, 0].int()),
+        "sums": torch.equal(token.sums[..., :m].long(), sums),
+        "padding": int(codes.sum()) == int(found.sum()),
+    }
+    return None if all(exact.values()) else f"differ: {', '.join(name for name, equal in exact.items() if not equal)}"
 
 
 def check(case: dict) -> tuple[str, str | None]:
     """(path, what is wrong or None)."""
+    if case["prologue"] is not None:
+        return "quantizer", check_quantizer(case)
     from abq_llm.kernels import cuda, reference
     from abq_llm.kernels.cuda import plan
     from abq_llm.kernels.cuda.problem import Problem

@@ -2,6 +2,7 @@
 
 import pytest
 
+from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, plan
 from abq_llm.kernels.cuda.activations import columns_per_token
 from abq_llm.kernels.cuda.plan import Gpu
@@ -120,22 +121,17 @@ def test_registers_grow_with_what_is_kept_in_them():
 @pytest.mark.parametrize(
     ("m", "scheme", "path"),
     [
-        (1, "W2A8", {80: "decode", 89: "decode", 90: "decode", 100: "mma", 120: "mma"}),
-        (16, "W2A8", {80: "decode", 90: "decode", 100: "mma", 120: "mma"}),  # 128 columns of the binary product
-        (17, "W2A8", {80: "mma", 90: "mma", 100: "mma"}),
-        (47, "W2A8", {80: "mma", 90: "mma"}),
-        (48, "W2A8", {80: "mma", 90: "wgmma"}),
-        (64, "W2A2", {80: "decode", 90: "decode", 100: "mma"}),  # four tokens a tile
+        (1, "W2A8", {80: "decode", 86: "decode", 89: "decode", 90: "decode", 100: "mma", 120: "mma"}),
         (1, "W2A8g128", {80: "mma", 90: "mma", 100: "mma"}),
         (2048, "W4A8", {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "mma", 120: "mma"}),
         (2048, "W4A8g128", {80: "mma", 90: "wgmma", 120: "mma"}),
         (2048, "W2A2", {80: "mma", 89: "mma", 90: "wgmma_b1", 100: "mma"}),
         (2048, "W2A4", {90: "wgmma"}),  # eight pairs of planes: no gain over bytes
-        (2048, "W2A2g128", {90: "wgmma"}),
+        (2048, "W2A2g128", {90: "wgmma"}),  # the binary product has no groups
         (1, "W4A16", dict.fromkeys(GPUS, "decode")),
         (8, "W4A16g64", dict.fromkeys(GPUS, "decode")),
-        (9, "W4A16", dict.fromkeys(GPUS, "dequantize")),
         (64, "W4A16", dict.fromkeys(GPUS, "dequantize")),
+        (2048, "W8*A16g128", dict.fromkeys(GPUS, "dequantize")),
         (1, "W8*A8", dict.fromkeys(GPUS, "decode")),  # nine planes fit no byte
         (64, "W8*A8", dict.fromkeys(GPUS, "decode")),
         (2048, "W8*A8g128", dict.fromkeys(GPUS, "decode")),
@@ -144,6 +140,30 @@ def test_registers_grow_with_what_is_kept_in_them():
 def test_path(m, scheme, path):
     chosen = {capability: plan.choose(problem(m, scheme), GPUS[capability]).path for capability in path}
     assert chosen == path
+
+
+@pytest.mark.parametrize(
+    ("most", "scheme", "path", "next_path"),
+    [
+        (plan.DECODE_COLUMNS // 8, "W2A8", "decode", "mma"),
+        (plan.DECODE_COLUMNS // 4, "W2A3", "decode", "mma"),
+        (plan.DECODE_COLUMNS // 2, "W2A2", "decode", "mma"),  # four tokens a tile
+        (plan.DECODE_TOKENS_16, "W4A16", "decode", "dequantize"),
+        (plan.WGMMA_TOKENS - 1, "W4A8", "mma", "wgmma"),
+        (plan.WGMMA_TOKENS - 1, "W4A8g128", "mma", "wgmma"),
+    ],
+)
+def test_path_changes_where_it_should(most, scheme, path, next_path):
+    found = [plan.choose(problem(m, scheme), GPUS[90]).path for m in (most, most + 1)]
+    assert found == [path, next_path]
+
+
+def test_nine_planes_that_fit_no_register_file_are_refused():
+    """A dequantized weight would leave activations as they are."""
+    for m in (1, 64):
+        with pytest.raises(AbqError, match=r"nine bit-planes and K = 1048576"):
+            plan.choose(problem(m, "W8*A8", k=2**20), GPUS[90])
+    assert plan.choose(problem(1, "W8*A16", k=2**20), GPUS[90]).path == "dequantize"
 
 
 def test_one_token_takes_one_kernel():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import layout
 from abq_llm.kernels.cuda.problem import Problem
 from abq_llm.scheme import Scheme
@@ -121,6 +122,12 @@ def test_no_sum_of_codes_reaches_32_bits(k):
         for scheme in (Scheme.parse(f"W{bits}A8"), Scheme.parse(f"W{bits}*A8")):
             columns = Problem.of(1, 16, k, scheme).group_size or k
             assert scheme.weight.qmax * scheme.activation.qmax * columns < 2**31
+
+
+def test_groups_whose_sums_may_not_fit_are_refused():
+    with pytest.raises(AbqError, match="W8A8g40000: sums over 40000 columns may not fit 32 bits"):
+        Problem.of(1, 16, 80000, Scheme.parse("W8A8g40000"))
+    assert Problem.of(1, 16, 80000, Scheme.parse("W4A8g40000")).group_size == 40000
 
 
 def test_weight_is_left_alone():

@@ -39,7 +39,8 @@ def registers(tile: Tile, problem: Problem) -> int:
     sums = 4 * tile.tiles * problem.planes if tile.tiles * problem.planes <= 16 and not in_floats else 4 * tile.tiles
     x_blocks = tile.x_blocks(problem)
     prologue = 10 * x_blocks if tile.fused else 0
-    return weights + factors + max(2 * x_blocks * tile.tiles + sums, prologue) + (48 if in_floats else 28)
+    addresses = 64 + 6 * tile.tiles if in_floats else 28
+    return weights + factors + max(2 * x_blocks * tile.tiles + sums, prologue) + addresses
 
 
 def candidates(problem: Problem) -> list[Tile]:

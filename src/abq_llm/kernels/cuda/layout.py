@@ -70,9 +70,10 @@ def _fragments(codes: Tensor, problem: Problem) -> Tensor:
     columns = columns[:, : problem.k_blocks * BLOCK]
     columns = pad(columns, (0, problem.k_blocks * BLOCK - columns.shape[1], 0, -n % 16))
     view = columns.view(-1, 2, 8, problem.k_blocks, 8, 2, 4, 4)  # row tile, e, g, block, i, h, t, j
-    place = torch.arange(8, device=codes.device).view(8, 1, 1, 1)
+    place = torch.arange(8, dtype=torch.uint8, device=codes.device).view(8, 1, 1, 1)
     planes = []
     for plane in range(problem.planes):
-        octets = ((view >> plane & 1) << place).sum(4).to(torch.uint8)  # row tile, e, g, block, h, t, j
+        bits = (view >> plane & 1).to(torch.uint8)
+        octets = (bits << place).sum(4, dtype=torch.uint8)  # row tile, e, g, block, h, t, j
         planes.append(octets.permute(0, 3, 2, 5, 4, 1, 6).contiguous().view(torch.int32).flatten(2))
     return torch.stack(planes, 2).view(-1, problem.k_blocks, problem.planes, 32, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from abq_llm.errors import AbqError
 from abq_llm.scheme import Scheme
 
 BLOCK = 256  # columns of a k-block: what one binary product multiplies
@@ -27,7 +28,9 @@ class Problem:
         assert scheme.weight is not None and scheme.planes is not None
         activation = scheme.activation
         size = scheme.group_size if scheme.group_size and scheme.group_size < k else 0
-        if activation and not size and scheme.weight.qmax * activation.qmax * k >= 2**31:
+        if activation and scheme.weight.qmax * activation.qmax * (size or k) >= 2**31:
+            if size:
+                raise AbqError(f"{scheme}: sums over {size} columns may not fit 32 bits; use the reference backend")
             size = 2**14  # equal scales group by group: the sum over all columns might not fit 32 bits
         return cls(
             m,
