@@ -8,7 +8,7 @@ A case draws a scheme, a shape, and one plan: what the heuristic takes, or any c
     floats    random scales against the reference backend: equal per channel; with groups, whose fp32 sums are in
               another order, within 1e-6 of the sum of the terms' magnitudes (and half a step of the output's dtype)
 
-One case in ten is the quantizer alone, with RMSNorm or SiLU(gate) * up before it: codes, scale, zero point and sums must
+One case in ten is the quantizer alone, with RMSNorm or SiLU(gate) * up before it: codes, scale, zero point, sums must
 be those of `quantizers.py`; after a prologue, whose exp and sums round differently, 0.1 % of the codes may be one off.
 
 With 16-bit activations, the output is compared with fp64 products of the dequantized weight: relative error of the
