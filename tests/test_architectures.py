@@ -1,11 +1,23 @@
-import pytest
-from torch import nn
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import abq_llm
+from abq_llm import architectures, checkpoint
 from abq_llm.architectures import TABLES, LinearPair, NormPair, QueryKeyPair, ValueOutputPair, architecture_of
 from abq_llm.errors import AbqError
+from abq_llm.methods import METHODS, method_by_name
+from abq_llm.quantize import quantize
+from tests.blocks import calibration, random_tokens
 from tests.tiny import VARIANTS, tiny_model
 
-MODELS = {**VARIANTS, **{name: (name, {}) for name in TABLES}}
+MODELS = {**VARIANTS, **{name: (name, {}) for name in TABLES if name not in VARIANTS}}
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
@@ -38,7 +50,10 @@ def test_the_names_exist_and_the_channels_of_a_pair_meet(family):
                 assert {block.get_submodule(name).in_features for name in pair.linears} == {channels}
                 assert set(pair.linears) <= set(table.linears)
                 continue
-            names = list(vars(pair).values())
+            names = [name for name in vars(pair).values() if isinstance(name, str)]
+            if isinstance(pair, QueryKeyPair) and not set(names) & set(table.linears):  # norms per head
+                assert all(block.get_submodule(name).weight.shape == (d,) for name in names)
+                continue
             assert set(names) <= set(table.linears)
             first, second = (block.get_submodule(name) for name in names)
             if isinstance(pair, LinearPair):
@@ -70,3 +85,71 @@ def test_an_unknown_type_is_named_with_the_known_ones():
     with pytest.raises(AbqError, match="'gpt9'") as error:
         architecture_of("gpt9")
     assert all(name in str(error.value) for name in TABLES) and "\n" not in str(error.value)
+    assert "needs model_types, blocks, attention, linears, pairs, compensated: docs/" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("do_layer_norm_before", False, "'opt': do_layer_norm_before is False, supported is True"),  # OPT-350m
+        ("activation_function", "gelu", "'opt': activation_function is 'gelu', supported is 'relu'"),  # Galactica
+        ("layer_norm_elementwise_affine", False, "'opt': layer_norm_elementwise_affine is False"),
+    ],
+)
+def test_a_variant_for_which_the_table_is_wrong_is_refused(name, value, message):
+    model_type, overrides = VARIANTS["opt"]
+    model = AutoModelForCausalLM.from_config(tiny_model(model_type, **overrides).config)
+    setattr(model.config, name, value)
+    with pytest.raises(AbqError, match=message):
+        quantize(model, "W4A8", "rtn", device="cpu")
+
+
+@pytest.mark.parametrize("scheme", ["W4A8", "W3A16g32", "W4A4KV4"])
+@pytest.mark.parametrize("variant", ["qwen3", "opt"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_family_goes_the_whole_way(method, variant, scheme, tmp_path):
+    """Quantize, save, load by both loaders, generate."""
+    model_type, overrides = VARIANTS[variant]
+    model = tiny_model(model_type, **overrides)
+    for parameter in model.parameters():  # `model.bfloat16()` would round the frequencies of RoPE too
+        parameter.data = parameter.data.bfloat16()
+    model.config.dtype = torch.bfloat16
+    options = {"epochs": 1} if method == "abq" else {}
+    quantize(model, scheme, method_by_name(method, **options), calibration(8, 16), device="cpu", batch_size=4)
+    checkpoint.save(model, tmp_path / "out")
+    prompt, settings = random_tokens(1, 8), {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(prompt, pad_token_id=0, **settings)
+    with torch.no_grad():
+        logits = model(prompt).logits
+        for loaded in (abq_llm.load(tmp_path / "out")[0], AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+            assert torch.equal(loaded(prompt).logits, logits)
+            assert torch.equal(loaded.generate(prompt, pad_token_id=0, **settings), expected)
+    assert expected.shape == (1, 14)
+
+
+RECIPE = Path(__file__).parents[1] / "docs" / "adding-a-model.md"
+
+
+def test_the_recipe_followed_word_by_word(tmp_path, monkeypatch):
+    """A package without Qwen3 refuses it; after the recipe's blocks, run in their order, it does all that is said."""
+    table, registration, variant, check = re.findall(r"```python\n(.*?)```", RECIPE.read_text(), re.DOTALL)
+    package = Path(architectures.__file__).parent
+    assert (package / "qwen3.py").read_text().partition("\n\n")[2] == table  # after the docstring
+    for line in registration.strip().splitlines():
+        assert line in (package / "__init__.py").read_text()
+    assert f"    {variant.strip()}\n" in (Path(__file__).parent / "tiny.py").read_text()
+
+    monkeypatch.delitem(TABLES, "qwen3")
+    (variants,) = [eval(f"{{{variant}}}")]
+    model_type, overrides = variants["qwen3"]
+    with pytest.raises(AbqError, match=r"'qwen3'.*docs/adding-a-model.md"):
+        quantize(tiny_model(model_type, **overrides), "W4A8", "rtn", device="cpu")
+    names = {}
+    exec(table, names)
+    monkeypatch.setitem(sys.modules, "abq_llm.architectures.qwen3", SimpleNamespace(QWEN3=names["QWEN3"]))
+    names = vars(architectures).copy()
+    exec(registration, names)
+    monkeypatch.setattr(architectures, "TABLES", names["TABLES"])
+    monkeypatch.chdir(tmp_path)
+    exec(check, {"model": tiny_model(model_type, **overrides)})
+    assert (tmp_path / "out" / "model.safetensors").is_file()

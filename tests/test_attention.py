@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from abq_llm import attention
+from abq_llm.architectures import ValueOutputPair, architecture_of
 from abq_llm.quantizers import fake_quantize_dynamic
 from abq_llm.scheme import IntFormat, Scheme
 from tests import oracle
@@ -38,12 +39,16 @@ def test_without_a_format_it_is_sdpa(variant):
 
 @torch.no_grad()
 def observe(model, tokens):
-    """Of the first attention module: (query and key as they meet, what v_proj makes, what enters o_proj)."""
+    """Of the first attention module: (query and key as they meet, values, what enters the output projection)."""
     module = attention.attention_modules(model)[0]
+    table = architecture_of(model.config.model_type)
+    block = model.get_submodule(table.blocks)[0]
+    (pair,) = (pair for pair in table.pairs if isinstance(pair, ValueOutputPair))
+    value, output = block.get_submodule(pair.value), block.get_submodule(pair.output)
     seen = {}
     hooks = [
-        module.v_proj.register_forward_hook(lambda _, args, output: seen.update(value=output)),
-        module.o_proj.register_forward_pre_hook(lambda _, args: seen.update(mixed=args[0])),
+        value.register_forward_hook(lambda _, args, output: seen.update(value=output)),
+        output.register_forward_pre_hook(lambda _, args: seen.update(mixed=args[0])),
     ]
     with attention.record_attention(module) as records:
         model(tokens, use_cache=False)

@@ -20,6 +20,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa-tied": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"num_key_value_heads": 2}),
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 32}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.1}),
 }
 
 

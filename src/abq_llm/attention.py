@@ -35,7 +35,8 @@ def attention(
     fmt: IntFormat | None = getattr(module, "kv_format", None)
     key, value = fake_quantize_dynamic(key, fmt), fake_quantize_dynamic(value, fmt)
     if (records := getattr(module, "attention_records", None)) is not None:
-        records.append((query, key))
+        usual, scaling = query.shape[-1] ** -0.5, kwargs.get("scaling")
+        records.append((query if scaling in (None, usual) else query * (scaling / usual), key))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -52,7 +53,10 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def record_attention(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Within, each call of `module` appends its (query, key) as they meet: RoPE'd and quantized."""
+    """Within, each call of `module` appends its (query, key) as they meet: RoPE'd, keys quantized.
+
+    Their product is still to be divided by sqrt(d), also where the module has scaled its queries by then (OPT).
+    """
     records: list[tuple[Tensor, Tensor]] = []
     module.attention_records = records  # type: ignore[assignment]
     try:

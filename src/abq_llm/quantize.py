@@ -134,6 +134,11 @@ def check_model(model: PreTrainedModel, scheme: Scheme) -> Architecture:
     if scheme.weight is None:
         raise AbqError(f"scheme {scheme}: W16 leaves nothing to pack; choose W1..W8")
     architecture = architecture_of(model.config.model_type)
+    for name, value in architecture.requires:
+        if (found := getattr(model.config, name)) != value:
+            raise AbqError(
+                f"unsupported variant of {model.config.model_type!r}: {name} is {found!r}, supported is {value!r}"
+            )
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise AbqError("the model is quantized already; quantize the original")
     for name, parameter in model.named_parameters():

@@ -30,7 +30,7 @@ def random_log_scale(task, pair, std=0.5, seed=0):
     d = task.head_dim
     linears = {name: linear.weight.shape for name, linear in task.linears.items()}
     if isinstance(pair, QueryKeyPair):
-        shape = (linears[pair.key][0] // d, d // 2)
+        shape = (task.block.get_submodule(pair.key).weight.shape[0] // d, d // 2 if pair.rotary else d)
     elif isinstance(pair, ValueOutputPair):
         shape = (linears[pair.value][0],)
     else:
@@ -71,7 +71,7 @@ def test_the_block_computes_the_same(task, kind):
 def biased(task, pair):
     """The linears whose rows the pair scales and which have a bias: it is scaled with them."""
     rows = [getattr(pair, name, None) for name in ("producer", "value", "key", "query")]
-    return [name for name in rows if name and task.linears[name].bias is not None]
+    return [name for name in rows if name and getattr(task.block.get_submodule(name), "bias", None) is not None]
 
 
 def test_all_pairs_together_compute_the_same(task):
@@ -94,7 +94,7 @@ def test_a_scale_left_out_on_one_side_would_change_it(task, kind):
 def scale_queries_and_keys(task, pair, scale):
     """Rows of the queries * scale, of the keys / scale; scale [kv_heads, d], one for each channel."""
     parameters = block_parameters(task.block)
-    repeats = task.linears[pair.query].out_features // scale.numel()
+    repeats = parameters[f"{pair.query}.weight"].shape[0] // scale.numel()
     for name, factor in ((pair.key, 1 / scale), (pair.query, scale.repeat_interleave(repeats, 0))):
         for part in ("weight", "bias"):
             if f"{name}.{part}" in parameters:
@@ -105,6 +105,8 @@ def scale_queries_and_keys(task, pair, scale):
 
 def test_under_rope_the_scales_of_a_rotated_pair_must_be_equal(task):
     (pair,) = pairs_of(task, QueryKeyPair)
+    if not pair.rotary:
+        pytest.skip("no RoPE")
     half = random_log_scale(task, pair).exp()
     assert change(task, scale_queries_and_keys(task, pair, torch.cat([half, half], 1))) < 2e-6
     other = random_log_scale(task, pair, seed=1).exp()
@@ -173,9 +175,29 @@ def test_storable_scales_are_finite_where_a_weight_vanishes(task):
 
 def test_scales_of_other_pairs_are_storable_as_they_are(task):
     for pair in task.architecture.pairs:
-        if not isinstance(pair, NormPair):
+        if set(vars(pair).values()) & set(task.linears):
             log_scale = random_log_scale(task, pair)
             assert storable_log_scale(pair, block_parameters(task.block), log_scale, torch.float16) is log_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_scales_between_norms_of_queries_and_keys_are_stored_exactly(dtype):
+    model_type, overrides = VARIANTS["qwen3"]
+    task = first_block(tiny_model(model_type, **overrides))
+    (pair,) = pairs_of(task, QueryKeyPair)
+    names = [f"{pair.query}.weight", f"{pair.key}.weight"]
+    before = block_parameters(task.block)
+    before |= {name: before[name].to(dtype).float() for name in names}
+    log_scale = random_log_scale(task, pair, std=2)
+    assert storable_log_scale(pair, before, log_scale, torch.float32) is log_scale
+    storable = storable_log_scale(pair, before, log_scale, dtype)
+    assert (storable - log_scale).abs().max() <= math.log(2) / 2 + 1e-6 and storable.abs().max() > 1
+    after = apply(pair, before, storable, task.head_dim)
+    stored = {name: after[name].to(dtype).float() for name in names}
+    assert torch.equal(stored[names[0]] * stored[names[1]], before[names[0]] * before[names[1]])
+    original, ours = (task.forward(task.fp_stream, p, quantized=False) for p in (before, {**after, **stored}))
+    assert (ours - original).norm() < 2e-6 * original.norm()
 
 
 def naive_log_scale(pair, parameters, peaks, d, alpha):
@@ -187,12 +209,14 @@ def naive_log_scale(pair, parameters, peaks, d, alpha):
     acts, weights = [], []
     if isinstance(pair, QueryKeyPair):
         queries, keys = (peaks[f"{name}.output"].tolist() for name in (pair.query, pair.key))
-        group = len(queries) // len(keys)
-        for head in range(len(keys) // d):
-            for i in range(d // 2):
-                acts.append(max(keys[head * d + i], keys[head * d + i + d // 2]))
-                served = range(head * group, (head + 1) * group)
-                weights.append(max(queries[h * d + j] for h in served for j in (i, i + d // 2)))
+        shared = len(parameters[f"{pair.key}.weight"]) // d  # scales of one head each, or of all heads behind norms
+        for head in range(shared):
+            for i in range(d // 2 if pair.rotary else d):
+                together = (i, i + d // 2) if pair.rotary else (i,)
+                for channels, peak in ((acts, keys), (weights, queries)):
+                    served = len(peak) // d // shared
+                    heads = range(head * served, (head + 1) * served)
+                    channels.append(max(peak[h * d + j] for h in heads for j in together))
     elif isinstance(pair, ValueOutputPair):
         peak, size = peaks[pair.output].tolist(), parameters[f"{pair.value}.weight"].shape[0]
         group = len(peak) // size
@@ -236,7 +260,9 @@ def test_a_dead_channel_has_a_finite_start(task):
 def test_statistics_are_those_of_the_inputs(task):
     inputs = {}
     hooks = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, 1)}))
+        linear.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.update({name: args[0].reshape(-1, args[0].shape[-1])})
+        )
         for name, linear in task.linears.items()
     ]
     task.forward(task.fp_stream, quantized=False)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from abq_llm import checkpoint
+from abq_llm.architectures import architecture_of
 from abq_llm.attention import attention_modules, set_kv_format
 from abq_llm.calibration.transforms import block_parameters
 from abq_llm.evaluation import evaluate
@@ -23,6 +24,8 @@ FAST = {"abq": {"epochs": 2}}  # options that keep a method quick on tiny models
 EXACT = {"abq": {"epochs": 2, "compensation": False}}  # those with which it only moves scales: the function stays
 
 HELD_OUT = random_tokens(16, 32, seed=99)
+
+ROUNDS = {"gptq"}  # rounds the weights itself: without quantizers its block is another function
 
 methods = pytest.mark.parametrize("method", METHODS)
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -77,7 +80,7 @@ def test_the_seed_decides(method, variant):
 
 
 @variants
-@methods
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ROUNDS])
 def test_without_quantizers_the_blocks_compute_the_same(method, variant):
     """Each block as the method leaves it, before it is packed, on the stream of the original model."""
     changes = []
@@ -153,7 +156,7 @@ def test_symmetric_grids(method, variant):
     scheme = Scheme.parse("W4A6KV6", weight_symmetric=True, activation_symmetric=True)
     model = quantized(method, variant, scheme)
     linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    assert len(linears) == 14
+    assert len(linears) == 2 * len(architecture_of(model.config.model_type).linears)
     assert all(module.weight_zero_point is None and module.scheme == scheme for module in linears)
     assert not torch.equal(logits(model), logits(quantized(method, variant, "W4A6KV6")))
     assert (logits(model) - logits(in_floats(model))).norm() < 0.05 * logits(model).norm()

@@ -33,12 +33,16 @@ class ValueOutputPair:
 
 @dataclass(frozen=True)
 class QueryKeyPair:
-    """Queries meet keys under RoPE: rows of `query` * s, rows of `key` / s. One s per key head and rotated pair (i,
-    i + d/2).
+    """Queries meet keys: rows of `query` * s, rows of `key` / s. Both are linears, with one s per key head, or the
+    norms per head behind them, whose weights all heads share, with one s for all heads.
+
+    Under RoPE, s is equal for the channels (i, i + d/2), which turn together; without (`rotary=False`), each channel
+    has its own.
     """
 
     query: str
     key: str
+    rotary: bool = True
 
 
 Pair = NormPair | LinearPair | ValueOutputPair | QueryKeyPair
@@ -54,3 +58,4 @@ class Architecture:
     linears: tuple[str, ...]
     pairs: tuple[Pair, ...]
     compensated: tuple[str, ...]  # linears that get a compensation vector in the first and the last block
+    requires: tuple[tuple[str, object], ...] = ()  # (name, value) in the config without which the pairs are not exact

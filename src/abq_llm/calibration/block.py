@@ -14,8 +14,9 @@ from torch.func import functional_call
 
 from abq_llm.architectures import Architecture
 from abq_llm.attention import record_attention
-from abq_llm.calibration.transforms import Parameters
-from abq_llm.quantizers import fake_quantize_dynamic
+from abq_llm.calibration.losses import relative_mse
+from abq_llm.calibration.transforms import Parameters, block_parameters
+from abq_llm.quantizers import QParams, fake_quantize, fake_quantize_dynamic, from_groups, to_groups
 from abq_llm.scheme import Scheme
 
 
@@ -140,8 +141,8 @@ class InputStatistics:
 
 @torch.no_grad()
 def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
-    """What the linears of the fp block see on `stream`. Queries and keys, as they meet, count as their linears'
-    ".output".
+    """What the linears of the fp block see on `stream`. Queries and keys, as they meet, count as ".output" of
+    the modules of their pair.
     """
     peak: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
@@ -170,3 +171,18 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
         for handle in handles:
             handle.remove()
     return InputStatistics(peak, {name: total / tokens for name, total in energy.items()}, output)
+
+
+@torch.no_grad()
+def output_error(task: BlockTask, grids: dict[str, QParams], target: Tensor) -> float:
+    """Relative squared error to `target` of the block as it will run, on `grids` and on the quantized stream."""
+    assert task.scheme.weight is not None
+    parameters, total = block_parameters(task.block), 0.0
+    for name, grid in grids.items():
+        weight = parameters[f"{name}.weight"]
+        fake = fake_quantize(to_groups(weight, task.scheme.group_size), grid, task.scheme.weight)
+        parameters[f"{name}.weight"] = from_groups(fake, weight.shape[1])
+    for part in task.batches(task.quantized_stream):
+        output = task.forward(task.quantized_stream[part].to(task.device), parameters, quantized=True)
+        total += float(relative_mse(output, target[part].to(task.device))) * len(output)
+    return total / len(target)

@@ -7,6 +7,8 @@ differentiable in the scales. Each pair has a vector s > 0, kept as log s.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +24,12 @@ def initial_log_scale(
     """log of s = act^alpha / w^(1 - alpha), shifted to mean 0: SmoothQuant's equation 4.
 
     `peaks` holds the largest |value| per channel of each linear's input, and of the queries and keys as they meet,
-    under the names of their linears plus ".output".
+    under the names of the pair's modules plus ".output".
     """
     if isinstance(pair, QueryKeyPair):
         key, query = peaks[f"{pair.key}.output"], peaks[f"{pair.query}.output"]
-        key, query = (x.view(-1, 2, head_dim // 2).amax(1) for x in (key, query))
-        act, weight = key, query.view(len(key), -1, head_dim // 2).amax(1)
+        scales = len(parameters[f"{pair.key}.weight"]) // head_dim  # the number of key heads, or 1 behind norms
+        act, weight = (x.view(scales, -1, head_dim // (1 + pair.rotary)).amax(1) for x in (key, query))
     else:
         names = consumers(pair)
         act = peaks[names[0]]
@@ -61,9 +63,9 @@ def apply(pair: Pair, parameters: Parameters, log_scale: Tensor, head_dim: int) 
         incoming = scale
     elif isinstance(pair, ValueOutputPair):
         _scale_rows(changed, pair.value, 1 / scale)
-        incoming = _to_query_heads(scale.view(-1, head_dim), parameters[f"{pair.output}.weight"].shape[1])
+        incoming = spread(scale, parameters[f"{pair.output}.weight"].shape[1], head_dim)
     else:
-        full = scale.repeat(1, 2)  # RoPE turns (i, i + d/2) together, so both have one scale
+        full = scale.repeat(1, 1 + pair.rotary)  # RoPE turns (i, i + d/2) together, so both have one scale
         _scale_rows(changed, pair.key, 1 / full.flatten())
         _scale_rows(changed, pair.query, _to_query_heads(full, parameters[f"{pair.query}.weight"].shape[0]))
         return changed
@@ -72,12 +74,20 @@ def apply(pair: Pair, parameters: Parameters, log_scale: Tensor, head_dim: int) 
     return changed
 
 
+def spread(log_scale: Tensor, channels: int, head_dim: int) -> Tensor:
+    """A pair's scale as one per channel of its consumers' input: value channels are shared by several query heads."""
+    return log_scale if len(log_scale) == channels else _to_query_heads(log_scale.view(-1, head_dim), channels)
+
+
 def storable_log_scale(pair: Pair, parameters: Parameters, log_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The log scale for which the norm's new weight is exact in `dtype`, so that storing it changes nothing.
+    """The log scale for which the norms' new weights are exact in `dtype`, so that storing them changes nothing.
 
     Rounding weight / s to bf16 would be an error of up to 0.4 %; taking s from the rounded weight instead moves it
-    into the linears, before they are quantized. Other pairs feed quantized linears only and come back as they are.
+    into the linears, before they are quantized. Between the norms of queries and keys, where no linear can take it,
+    s becomes a power of two. Other pairs feed quantized linears only and come back as they are. Biases are rounded.
     """
+    if isinstance(pair, QueryKeyPair) and parameters[f"{pair.key}.weight"].dim() == 1 and dtype != torch.float32:
+        return (log_scale / math.log(2)).round() * math.log(2)
     if not isinstance(pair, NormPair):
         return log_scale
     weight = parameters[f"{pair.norm}.weight"]

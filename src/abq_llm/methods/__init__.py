@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 from abq_llm.calibration.block import BlockTask
 from abq_llm.errors import AbqError
 from abq_llm.methods.abq import Abq
+from abq_llm.methods.gptq import Gptq
 from abq_llm.methods.rtn import Rtn
 from abq_llm.quantizers import QParams
 
@@ -23,7 +24,7 @@ class Method(Protocol):
         """
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Abq, Rtn)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Abq, Gptq, Rtn)}
 
 
 def method_by_name(name: str, **options: object) -> Method:

@@ -23,7 +23,7 @@ from abq_llm.calibration.block import BlockTask, InputStatistics, input_statisti
 from abq_llm.calibration.learned import CLIP_AT_START, LearnedWeights, Vectors
 from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
 from abq_llm.calibration.reconstruct import Group, reconstruct
-from abq_llm.calibration.transforms import consumers, initial_log_scale
+from abq_llm.calibration.transforms import consumers, initial_log_scale, spread
 from abq_llm.errors import AbqError
 from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, to_groups
 
@@ -110,8 +110,8 @@ class _BlockFit:
             energy = dict(statistics.energy)
             for pair, log_scale in vectors.balance.items():
                 for name in consumers(pair):
-                    repeats = len(energy[name]) // len(log_scale)
-                    energy[name] = energy[name] / _spread(log_scale, repeats, task.head_dim).exp().square()
+                    scale = spread(log_scale, len(energy[name]), task.head_dim).exp()
+                    energy[name] = energy[name] / scale.square()
             for size, names in self.weights.sizes.items():
                 logits = torch.cat([self._clip_logits(moved[f"{name}.weight"], energy[name]) for name in names])
                 vectors.clip[size] = torch.stack([logits, logits])
@@ -182,8 +182,3 @@ class _BlockFit:
             queries, keys, rows = teacher
             loss = loss + akl_loss(records[0], (queries, keys), rows)
         return loss
-
-
-def _spread(log_scale: Tensor, repeats: int, head_dim: int) -> Tensor:
-    """A scale per channel of a linear's input: value channels are shared by `repeats` query heads."""
-    return log_scale if repeats == 1 else log_scale.view(-1, head_dim).repeat_interleave(repeats, 0).flatten()
