@@ -53,7 +53,7 @@ def run(row: str, seed: int, args: argparse.Namespace) -> dict:
     from abq_llm.data import calibration_tokens, evaluation_tokens
     from abq_llm.evaluation import evaluate
     from abq_llm.linear import QuantLinear
-    from abq_llm.methods import method_by_name
+    from abq_llm.methods import METHODS, method_by_name
     from abq_llm.models import load_model
     from abq_llm.quantize import quantize
 
@@ -62,7 +62,9 @@ def run(row: str, seed: int, args: argparse.Namespace) -> dict:
     options = {
         key: ast.literal_eval(value) for key, value in (item.split("=") for item in ",".join(rest).split(",") if item)
     }
-    method = method_by_name(name, **({"epochs": args.epochs} if name != "rtn" else {}) | options)
+    if "epochs" in getattr(METHODS.get(name), "__dataclass_fields__", {}):
+        options = {"epochs": args.epochs} | options
+    method = method_by_name(name, **options)
     model, tokenizer = load_model(args.model, dtype=torch.float16)
     calibration = calibration_tokens(args.calib, tokenizer, samples=args.samples, seqlen=args.seqlen, seed=seed)
     report = quantize(model, scheme, method, calibration, device=args.device, seed=seed, batch_size=args.batch)

@@ -21,8 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from abq_llm.calibration.block import BlockTask
-from abq_llm.calibration.losses import relative_mse
+from abq_llm.calibration.block import BlockTask, output_error
 from abq_llm.errors import AbqError
 from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, to_groups
 from abq_llm.scheme import IntFormat, Scheme
@@ -66,7 +65,7 @@ class Gptq:
             ):
                 linear.weight.data = q.clone()
                 grids[name] = QParams(scale, zero_point)
-        task.block_loss = _output_error(task, target)
+        task.block_loss = output_error(task, grids, target)
         return grids
 
 
@@ -222,13 +221,3 @@ def choose_grid(groups: Tensor, fmt: IntFormat, scale_dtype: torch.dtype, *, mse
 
 def _reporter(task: BlockTask, where: str) -> Callable[[str], None]:
     return lambda message: task.report(f"{where}: {message}", None)
-
-
-@torch.no_grad()
-def _output_error(task: BlockTask, target: Tensor) -> float:
-    """Relative squared error of the rounded block on the quantized stream to the fp block on the fp stream."""
-    total = 0.0
-    for part in task.batches(task.quantized_stream):
-        output = task.forward(task.quantized_stream[part].to(task.device), quantized=True)
-        total += float(relative_mse(output, target[part].to(task.device))) * len(output)
-    return total / len(target)
