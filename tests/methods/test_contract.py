@@ -25,8 +25,8 @@ EXACT = {"abq": {"epochs": 2, "compensation": False}}  # those with which it onl
 
 HELD_OUT = random_tokens(16, 32, seed=99)
 
-# Moves scales along norms only and rounds to nearest: better than that everywhere, but at two bits not by a tenth.
-MODEST = {"smoothquant"}
+# Moves scales along norms only and rounds to nearest; not meant for two bits: no worse there, not a tenth better.
+MODEST = {("smoothquant", "W2*A8g32")}
 
 ROUNDS = {"gptq"}  # rounds the weights itself: without quantizers its block is another function
 
@@ -70,7 +70,7 @@ def divergence(model, variant):
 def test_no_worse_than_round_to_nearest(method, variant, scheme):
     kl, reference = (divergence(quantized(name, variant, scheme), variant) for name in (method, "rtn"))
     assert reference > 0.05  # there is something to lose
-    learns = METHODS[method].needs_data and method not in MODEST
+    learns = METHODS[method].needs_data and (method, scheme) not in MODEST
     assert kl < 0.9 * reference if learns else kl <= reference
 
 
@@ -128,8 +128,8 @@ def test_integers_compute_what_floats_would(method, variant, scheme):
     # Both round what they get to the nearest code: a last bit of noise turns a few roundings, each by one step of the
     # grid, which is large at A4. Where none turned, the logits are equal to float noise.
     assert (ours - theirs).abs().amax(-1).median() < 1e-4
-    # Tokens that follow a turned one differ too.
-    assert (ours - theirs).norm() < 0.1 * theirs.norm()
+    # Tokens that follow a turned one differ too: for smoothquant, early in one more sequence of qwen3 than elsewhere.
+    assert (ours - theirs).norm() < (0.1 if method == "smoothquant" else 0.05) * theirs.norm()
 
 
 @pytest.mark.parametrize("scheme", ["W4A4KV4", "W2*A8g32"])
