@@ -31,7 +31,7 @@ ATTEMPTS = 5  # each with ten times the damping of the one before
 
 @dataclass(frozen=True)
 class Gptq:
-    """Options. The paper's text is act_order=False, mse=False; its code has both, and both on is what is best."""
+    """Options. The paper's text is act_order=False, mse=False; its code has both."""
 
     name: ClassVar[str] = "gptq"
     needs_data: ClassVar[bool] = True

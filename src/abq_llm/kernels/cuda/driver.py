@@ -51,7 +51,7 @@ SIGNATURES = {
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def libcuda() -> ctypes.CDLL:
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
         for name, types in SIGNATURES.items():
@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL:
 def error_name(result: int) -> str:
     """ "CUDA_ERROR_INVALID_VALUE" of a CUresult."""
     name = c_char_p()
-    library().cuGetErrorName(result, byref(name))
+    libcuda().cuGetErrorName(result, byref(name))
     return name.value.decode() if name.value else f"CUDA error {result}"
 
 
@@ -80,7 +80,7 @@ def check(result: int, what: str) -> None:
 def load_kernel(cubin: bytes, mangled_name: str, name: str) -> int:
     """The CUkernel of a cubin. It is never unloaded; `name` is for messages."""
     loaded, kernel, version = c_void_p(), c_void_p(), c_int()
-    cuda = library()
+    cuda = libcuda()
     if result := cuda.cuLibraryLoadData(byref(loaded), cubin, None, None, 0, None, None, 0):
         cuda.cuDriverGetVersion(byref(version))
         driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
@@ -92,19 +92,19 @@ def load_kernel(cubin: bytes, mangled_name: str, name: str) -> int:
 
 def device_handle(index: int) -> int:
     device = c_int()
-    check(library().cuDeviceGet(byref(device), index), f"device cuda:{index}")
+    check(libcuda().cuDeviceGet(byref(device), index), f"device cuda:{index}")
     return device.value
 
 
 def set_shared_limit(kernel: int, index: int, shared_bytes: int, name: str) -> None:
     """Allow `kernel` that much dynamic shared memory per block on device `index`; it starts with 48 KiB."""
-    result = library().cuKernelSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes, kernel, device_handle(index))
+    result = libcuda().cuKernelSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes, kernel, device_handle(index))
     check(result, f"kernel {name} cannot have {shared_bytes} bytes of shared memory on cuda:{index}")
 
 
 def bind_primary_context(index: int) -> None:
     """Make torch's context of device `index` the current one of this thread."""
     context = c_void_p()
-    cuda = library()
+    cuda = libcuda()
     check(cuda.cuDevicePrimaryCtxRetain(byref(context), device_handle(index)), f"context of cuda:{index}")
     check(cuda.cuCtxSetCurrent(context), f"context of cuda:{index}")

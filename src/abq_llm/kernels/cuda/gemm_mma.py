@@ -17,11 +17,9 @@ from torch import Tensor
 
 from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import jit, launch
+from abq_llm.kernels.cuda.activations import TYPE_NAMES
 
-SMALLEST_SHARED_LIMIT = (
-    99 * 1024
-)  # bytes a block may have on sm_86, 89, 120; on sm_80 163 KiB, on sm_90 and 100 227 KiB
-TYPE_NAMES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
+SMALLEST_SHARED_LIMIT = 99 * 1024  # bytes of a block on sm_86, 89, 120; 163 KiB on sm_80, 227 KiB on sm_90 and 100
 
 
 @dataclass(frozen=True)

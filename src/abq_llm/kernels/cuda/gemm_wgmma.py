@@ -12,12 +12,12 @@ from torch import Tensor
 
 from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import jit, launch
+from abq_llm.kernels.cuda.activations import TYPE_NAMES
 
 SHARED_LIMIT = 227 * 1024  # bytes a block may have on sm_90
 SHARED_RESERVED = 1024  # of the multiprocessor's 228 KiB for each block on it
 TOKENS = (32, 48, 64, 96, 112, 128, 144, 160, 176, 192, 208, 240, 256)  # of wgmma's n, those worth a tile
 GROUPED_TOKENS = 128  # at most: grouped sums need two sets of accumulators
-OUTPUTS = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 
 # Cycles of an H100's multiprocessor, fitted to measured products (see `cycles`)
 START_CYCLES = 8300  # of a block: filling its stages and writing its results
@@ -151,7 +151,7 @@ def constants(
         "has_zero_point": has_zero_point,
         "programmatic": programmatic,
         "debug": debug,
-        "T": OUTPUTS[dtype],
+        "T": TYPE_NAMES[dtype],
     }
 
 

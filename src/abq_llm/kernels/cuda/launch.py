@@ -78,7 +78,7 @@ def launch(
         addressof(_PROGRAMMATIC) if use_attribute else None,
         use_attribute,
     )
-    enqueue = driver.library().cuLaunchKernelEx
+    enqueue = driver.libcuda().cuLaunchKernelEx
     result = enqueue(byref(config), kernel.handle, arguments.pointers, None)
     if result == driver.INVALID_CONTEXT:  # the first use of CUDA in this thread: torch binds its context lazily
         driver.bind_primary_context(index)
