@@ -30,6 +30,11 @@ def columns_per_token(bits: int) -> int:
     return 2 if bits <= 2 else 4 if bits <= 4 else 8 if bits <= 8 else 16
 
 
+def aligned(x: Tensor, problem: Problem) -> bool:
+    """Whether tokens can be read in fours."""
+    return problem.in_fours and x.data_ptr() % (4 * x.element_size()) == 0
+
+
 def quantize(
     x: Tensor,
     problem: Problem,
@@ -58,6 +63,7 @@ def quantize(
         empty((problem.groups, padded) if group_sums else padded, dtype=torch.int32),
     )
     threads = 1024 if m <= FEW_TOKENS and problem.k >= 4096 else 256
+    sources = [x] if other is None else [x, other]
     constants: dict[str, bool | int | str] = {
         "T": TYPE_NAMES[x.dtype],
         "bits": bits,
@@ -67,6 +73,8 @@ def quantize(
         "prologue": prologue,
         "group_sums": group_sums,
         "threads": threads,
+        "held": -(-k_blocks // (threads // 32)),
+        "aligned": all(aligned(source, problem) for source in sources),
         **problem.columns(),
     }
     kernel = jit.load("quantize", "quantize", constants, x.device)

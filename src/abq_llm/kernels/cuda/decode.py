@@ -14,6 +14,10 @@ from abq_llm.kernels.cuda.activations import TYPE_NAMES, Quantized, columns_per_
 from abq_llm.kernels.cuda.problem import Problem
 
 WHOLE_ROW = 2**20  # group_words where there are no groups
+FUSED_TOKENS = 4  # up to which every block may quantize x anew
+STAGES = (1, 2, 3, 4, 6, 8, 12)
+STATIC_LIMIT = 32 * 1024  # bytes of shared memory for sums; with what a fused token needs, a kernel may have 48 KiB
+RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 
 
 @dataclass(frozen=True)
@@ -21,51 +25,96 @@ class Tile:
     """A block of `warps` warps does 8 * tiles columns; its warps share the k-blocks, the blocks share the rows."""
 
     tiles: int
-    warps: int = 8
-    depth: int = 1  # k-blocks of weights that a warp has under way
-    blocks_per_sm: int = 2
-    fused: bool = False  # x, one token, is quantized in this kernel
+    warps: int = 16
+    stages: int = 4  # k-blocks of weights that a warp has under way
+    blocks_per_sm: int = 1
+    fused: bool = False  # x, a few tokens, is quantized in this kernel
 
     def x_blocks(self, problem: Problem) -> int:
         """k-blocks of a warp, whose activations it keeps in registers."""
-        return -(-problem.k_blocks // (self.warps * self.depth)) * self.depth
+        return -(-problem.k_blocks // self.warps)
+
+    def columns(self, problem: Problem) -> int:
+        """Of the product, for one token: a single token may fill a tile by itself."""
+        return 8 if self.fused and problem.m == 1 else columns_per_token(problem.bits)
+
+    def tokens(self, problem: Problem) -> int:
+        return self.tiles * 8 // self.columns(problem)
+
+    def rounds(self, problem: Problem, sms: int) -> int:
+        """Row tiles of a block, at most."""
+        return -(-problem.row_tiles // (sms * self.blocks_per_sm))
+
+    def pass_tiles(self, problem: Problem, sms: int) -> int:
+        """Row tiles whose sums the warps exchange at a time: 1, 2, 4 or 8, with a thread for every output if not 1."""
+        outputs = 16 * self.tokens(problem)
+        sums = 2 * 4 * self.warps * outputs  # bytes
+        most = min(self.rounds(problem, sms), 8, 32 * self.warps // outputs, STATIC_LIMIT // sums)
+        return 1 << max(most, 1).bit_length() - 1
+
+
+def slot_bytes(problem: Problem) -> int:
+    """Shared memory of a k-block of a row tile, as in `DecodeShape` (which refuses to compile when they differ)."""
+    if problem.group_size:
+        words = problem.group_words
+        met = max((8 * kb + 7) // words - 8 * kb // words + 1 for kb in range(min(words, 64)))
+        return 512 * problem.planes + 80 * met
+    return 512 * problem.planes + (64 if problem.bits == 16 else 0)
+
+
+def shared_bytes(tile: Tile, problem: Problem) -> int:
+    """Dynamic shared memory of a block."""
+    return tile.warps * tile.stages * slot_bytes(problem)
 
 
 def registers(tile: Tile, problem: Problem) -> int:
     """Of a thread, about."""
     in_floats = problem.group_size > 0 or problem.bits == 16
-    weights = 4 * tile.depth * problem.planes
-    factors = 4 * tile.depth * max(1, 8 // (problem.group_words or 8)) if in_floats else 0
+    factors = 4 * max(1, 8 // (problem.group_words or 8)) if in_floats else 0
     sums = 4 * tile.tiles * problem.planes if tile.tiles * problem.planes <= 16 and not in_floats else 4 * tile.tiles
-    x_blocks = tile.x_blocks(problem)
-    prologue = 10 * x_blocks if tile.fused else 0
-    addresses = 64 + 6 * tile.tiles if in_floats else 28
-    return weights + factors + max(2 * x_blocks * tile.tiles + sums, prologue) + addresses
+    product = 4 * min(problem.planes, 4) + factors + 2 * tile.x_blocks(problem) * tile.tiles + sums
+    tokens = tile.tokens(problem)
+    prologue = (4 * tokens + 2 * tile.tiles) * tile.x_blocks(problem) if tile.fused else 0
+    return max(product, prologue) + (50 if in_floats else 20)
 
 
-def candidates(problem: Problem) -> list[Tile]:
+def resident(tile: Tile, problem: Problem) -> int:
+    """Blocks that an SM should hold: twice as many as work, so that the next kernel's are already there."""
+    return (2 if 64 * tile.warps * tile.blocks_per_sm * registers(tile, problem) <= 65536 else 1) * tile.blocks_per_sm
+
+
+def candidates(problem: Problem, shared_limit: int) -> list[Tile]:
     """Tiles worth a measurement, as wide as the tokens want or as registers allow."""
     tiles = tiles_of(problem)
     least = 2 if problem.bits == 16 else 1
-    while not (found := _candidates(problem, tiles)) and tiles > least:
+    while not (found := _candidates(problem, tiles, shared_limit)) and tiles > least:
         tiles //= 2
     return found
 
 
-def _candidates(problem: Problem, tiles: int) -> list[Tile]:
+def _candidates(problem: Problem, tiles: int, shared_limit: int) -> list[Tile]:
     found = []
-    for warps, depth, blocks, fused in itertools.product((4, 8, 16), (1, 2, 3, 4, 6), (1, 2, 4), (True, False)):
-        tile = Tile(tiles, warps, depth, blocks, fused)
+    for warps, stages, blocks, fused in itertools.product((4, 8, 16), STAGES, (1, 2), (True, False)):
+        tile = Tile(tiles, warps, stages, blocks, fused)
         if (
-            (depth - 1) * warps < problem.k_blocks
-            and (not fused or (problem.m == 1 and problem.bits <= 8))
-            and (warps == 4 or warps <= 2 * problem.k_blocks)
-            and 32 * warps * blocks <= 2048
+            (not fused or (problem.m <= FUSED_TOKENS and problem.bits <= 8))
+            and (warps == 4 or warps < 2 * problem.k_blocks)
             and registers(tile, problem) <= min(255, 65536 // (32 * warps * blocks))
-            and 2 * warps * 64 * tiles * 8 // columns_per_token(problem.bits) <= 47 * 1024
+            and _sums_bytes(tile, problem) <= STATIC_LIMIT
+            and blocks * _shared(tile, problem) <= shared_limit
         ):
             found.append(tile)
     return found
+
+
+def _shared(tile: Tile, problem: Problem) -> int:
+    """All that a block takes of an SM, at most."""
+    return shared_bytes(tile, problem) + min(STATIC_LIMIT, 8 * _sums_bytes(tile, problem)) + RESERVED
+
+
+def _sums_bytes(tile: Tile, problem: Problem) -> int:
+    """Static shared memory for the sums of a row tile by all warps, twice."""
+    return 2 * 4 * tile.warps * 16 * tile.tokens(problem)
 
 
 def tiles_of(problem: Problem) -> int:
@@ -75,31 +124,38 @@ def tiles_of(problem: Problem) -> int:
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, sms: int) -> Tile | None:
+def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
     """The tile for a shape that nobody has tuned; None if the activations of a warp fit no register file."""
-    tiles = candidates(problem)
+    tiles = candidates(problem, shared_limit)
 
     def preference(tile: Tile) -> tuple[float, ...]:
-        under_way = tile.warps * tile.depth * problem.planes * 512 * tile.blocks_per_sm
+        twice = 2 * tile.blocks_per_sm  # leaves room for the next kernel's blocks
+        leaves_room = resident(tile, problem) == twice and twice * _shared(tile, problem) <= shared_limit
+        all_stages = tile.rounds(problem, sms) * tile.x_blocks(problem)
+        under_way = tile.blocks_per_sm * tile.warps * min(tile.stages, all_stages)
         idle = tile.x_blocks(problem) * tile.warps / problem.k_blocks
-        return tile.fused, min(under_way, 32 * 1024), tile.warps, -idle, tile.blocks_per_sm, tile.depth
+        return tile.fused, leaves_room, under_way, -tile.blocks_per_sm, -idle, tile.warps, -tile.stages
 
     return max(tiles, key=preference) if tiles else None
 
 
-def constants(tile: Tile, problem: Problem, dtype_name: str) -> dict[str, bool | int | str]:
+def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms: int) -> dict[str, bool | int | str]:
     in_floats = problem.group_size > 0 or problem.bits == 16
     return {
         "tiles": tile.tiles,
         "warps": tile.warps,
-        "depth": tile.depth,
+        "stages": tile.stages,
+        "pass": tile.pass_tiles(problem, sms),
         "x_blocks": tile.x_blocks(problem),
+        "queue_bytes": tile.stages * slot_bytes(problem),
+        "resident": resident(tile, problem),
         "fused": tile.fused,
+        "aligned": aligned and tile.fused,
         "T": dtype_name,
         "Sum": "float" if in_floats else "int",
         "planes": problem.planes,
         "bits": problem.bits,
-        "columns": 8 if tile.fused else columns_per_token(problem.bits),
+        "columns": tile.columns(problem),
         "symmetric": problem.symmetric,
         "grouped": problem.group_size > 0,
         "in_floats": in_floats,
@@ -112,8 +168,7 @@ def constants(tile: Tile, problem: Problem, dtype_name: str) -> dict[str, bool |
 def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
     """x [M, K], contiguous -> [M, N]."""
     planes, w_scale, w_zero, w_total, _ = weight
-    columns = 8 if tile.fused else columns_per_token(problem.bits)
-    tokens = tile.tiles * 8 // columns
+    tokens = tile.tokens(problem)
     y = x.new_empty(problem.m, problem.n)
     if tile.fused:
         token = Quantized(x, *3 * (x,))  # type: ignore[arg-type]
@@ -123,10 +178,11 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
         token = activations.quantize(x, problem, activations.FRAGMENTS, tokens=max(tokens, 8))
         tables = token.scale, token.zero, token.sums
         x_tiles = token.codes.numel() // (64 * problem.k_blocks)
-    kernel = jit.load("decode", "decode", constants(tile, problem, TYPE_NAMES[x.dtype]), x.device)
-    row_tiles = planes.shape[0]
-    rounds = -(-row_tiles // (_sms(x.get_device()) * tile.blocks_per_sm))
-    blocks = -(-row_tiles // rounds)  # as many as share the rows evenly
+    sms = _sms(x.get_device())
+    config = constants(tile, problem, TYPE_NAMES[x.dtype], activations.aligned(x, problem), sms)
+    kernel = jit.load("decode", "decode", config, x.device)
+    row_tiles = problem.row_tiles
+    blocks = -(-row_tiles // tile.rounds(problem, sms))  # as many as share the rows evenly
     launch.launch(
         kernel,
         (blocks, -(-problem.m // tokens), 1),
@@ -135,6 +191,7 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
             *(planes, token.codes, w_scale, w_zero, w_total, *tables, bias, y),
             *(problem.m, problem.n, problem.k, problem.k_blocks, x_tiles, row_tiles, problem.groups),
         ],
+        shared_bytes=shared_bytes(tile, problem),
         programmatic=True,
     )
     return y

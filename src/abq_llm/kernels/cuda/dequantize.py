@@ -21,7 +21,7 @@ def dequantize(weight: list[Tensor], problem: Problem, like: Tensor) -> Tensor:
         "warps": WARPS,
         "grouped": problem.group_size > 0,
         "group_words": max(1, problem.group_words),
-        "in_fours": problem.k % 4 == 0 and problem.group_size % 4 == 0,
+        "in_fours": problem.in_fours,
         **problem.columns(),
     }
     kernel = jit.load("dequantize", "dequantize", constants, like.device)

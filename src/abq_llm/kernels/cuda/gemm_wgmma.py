@@ -23,6 +23,7 @@ GROUPED_TOKENS = 128  # at most: grouped sums need two sets of accumulators
 START_CYCLES = 8300  # of a block: filling its stages and writing its results
 EXPAND_CYCLES = 50  # of 64 rows x 256 columns: making bytes of one plane
 LATENCY_CYCLES = 760  # of 256 columns, for a warpgroup by itself: waiting for planes, for x and for its products
+OTHER_REGISTERS = 24  # of a consumer, for addresses and one step's bytes
 LATENCY_CYCLES_B1 = 230  # fewer products to wait for
 
 
@@ -71,6 +72,16 @@ def _filled(tile: Tile, planes: int, out_size: int, x_planes: int | None = None)
     return None
 
 
+def _fits_registers(tile: Tile, planes: int) -> bool:
+    """Whether a consumer's accumulators, planes and the rest fit what `wgmma_tile.cuh` deals it. The compiler also wants
+    one product to fit what a thread starts with.
+    """
+    start = 65536 // tile.threads // 8 * 8
+    dealt = (start * tile.threads - 24 * 128) // (tile.consumers * 128) // 8 * 8
+    words = 1 << (planes - 1).bit_length()
+    return tile.tokens // 2 + 30 <= start and tile.tokens // 2 + 4 * words + OTHER_REGISTERS <= dealt
+
+
 def _token_counts(m: int) -> list[int]:
     """The `TOKENS` that divide m among fewer blocks than any smaller one does."""
     blocks = [-(-m // tokens) for tokens in TOKENS]
@@ -85,6 +96,9 @@ def candidates(m: int, planes: int, grouped: bool = False, out_size: int = 2) ->
             continue
         steps = 4 if tokens > 64 else 8
         tiles.append(Tile(tokens, stage_steps=steps))
+        if not grouped:  # more rows, so that x is read less often
+            taller = [Tile(tokens, consumers, stage_steps=steps) for consumers in (3, 4)]
+            tiles += [tile for tile in taller if _fits_registers(tile, planes)]
         if 96 <= tokens <= 128 and not grouped:
             tiles.append(Tile(tokens, 1, 2, stage_steps=steps, resident=2))
     return [filled for tile in tiles if (filled := _filled(tile, planes, out_size))]

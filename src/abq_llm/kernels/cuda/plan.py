@@ -51,7 +51,7 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
         return Plan("dequantize")
     nine_planes = problem.planes > 8  # W8*: its codes are no bytes
     if nine_planes or problem.bits == 16 or (gpu.has_binary and columns <= DECODE_COLUMNS and not problem.group_size):
-        if decode_tile := decode.choose(problem, gpu.sms):
+        if decode_tile := decode.choose(problem, gpu.sms, gpu.shared_limit):
             return Plan("decode", decode_tile)
         if nine_planes and problem.bits < 16:
             raise AbqError(f"no CUDA kernel for nine bit-planes and K = {problem.k}; use the reference backend")
@@ -76,7 +76,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     columns = problem.m * columns_per_token(problem.bits)
     plans = []
     if problem.planes > 8 or columns <= (16 * DECODE_TOKENS_16 if problem.bits == 16 else 4 * DECODE_COLUMNS):
-        plans += [Plan("decode", tile) for tile in decode.candidates(problem)]
+        plans += [Plan("decode", tile) for tile in decode.candidates(problem, gpu.shared_limit)]
     if problem.bits == 16:
         return [*plans, Plan("dequantize")]
     if problem.planes > 8:

@@ -61,6 +61,15 @@ class Problem:
         return -(-columns // BLOCK)
 
     @property
+    def in_fours(self) -> bool:
+        """Whether four neighbouring columns of the layout are neighbours in the token, or all of them padding."""
+        return self.k % 4 == 0 and self.group_size % 4 == 0
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.n // 16)
+
+    @property
     def last_group(self) -> int:
         """Columns of the last group, which may be short."""
         return self.k - (self.groups - 1) * self.group_size

@@ -250,7 +250,7 @@ def _kernel(candidate: Plan, problem: Problem, dtype: torch.dtype, gpu: Gpu) -> 
     """(stem, constants) of what the `run` of the plan's module loads."""
     tile, words, grouped = candidate.tile, problem.group_words, problem.group_size > 0
     if isinstance(tile, decode.Tile):
-        return "decode", decode.constants(tile, problem, activations.TYPE_NAMES[dtype])
+        return "decode", decode.constants(tile, problem, activations.TYPE_NAMES[dtype], problem.in_fours, gpu.sms)
     if isinstance(tile, gemm_mma.Tile):
         return "gemm_mma", gemm_mma.constants(
             tile, problem.planes, dtype, words, zero_point=grouped, programmatic=True, shared_limit=gpu.shared_limit

@@ -27,10 +27,76 @@ template <int bits, bool symmetric> __device__ inline Grid choose_grid(float lo,
 }
 
 // Adding 3 * 2^22 rounds to an integer, ties to even, and leaves it in the low bits: cheaper than two conversions.
-template <int bits> __device__ inline int code_of(float x, Grid grid) {
+template <int bits> __device__ inline unsigned code_of(float x, Grid grid) {
     constexpr int qmax = (1 << bits) - 1;
     const int rounded = __float_as_int(__fadd_rn(__fmul_rn(x, grid.reciprocal), 12582912.0f)) - 0x4B400000;
     return min(max(rounded + grid.zero, 0), qmax);
+}
+
+// Four neighbouring values of a token, as they lie in memory
+template <class T> struct Quad {  // of 16 bits each
+    uint2 words;
+    __device__ float value(int i) const {
+        const unsigned word = i < 2 ? words.x : words.y;
+        return to_float(T{(unsigned short)(i % 2 ? word >> 16 : word)});
+    }
+    __device__ void set(int i, T x) {
+        unsigned& word = i < 2 ? words.x : words.y;
+        word |= unsigned(x.bits) << (i % 2 * 16);
+    }
+};
+template <> struct Quad<float> {
+    float4 values;
+    __device__ float value(int i) const { return i == 0 ? values.x : i == 1 ? values.y : i == 2 ? values.z : values.w; }
+    __device__ void set(int i, float x) { (i == 0 ? values.x : i == 1 ? values.y : i == 2 ? values.z : values.w) = x; }
+};
+
+// Four columns of a k-block, in a token: `count` of them are there, from `source` on
+struct QuadSource {
+    int source, count;
+    unsigned byte_mask;  // of those that are there
+};
+
+// Padded groups: group g of `size` columns starts at g * padded.
+template <int size, int padded> __device__ inline QuadSource quad_source(int column, int columns) {
+    int inside = 4;
+    if constexpr (size != padded) {
+        const int group = column / padded, offset = column % padded;
+        column = group * size + offset;
+        inside = size - offset;
+    }
+    // No `max(0, min(available, 4)) == 4`: NVRTC 13.0 compiles it to a comparison that holds for negative ones, too.
+    const int available = min(inside, columns - column);
+    const unsigned all = ~0u;
+    if (available >= 4) return {column, 4, all};
+    return available > 0 ? QuadSource{column, available, all >> (32 - 8 * available)} : QuadSource{0, 0, 0};
+}
+
+// `aligned`: four columns are inside or outside as one, and their address is a multiple of their size
+template <class T, bool aligned> __device__ inline Quad<T> load_quad(const T* x, QuadSource from) {
+    if constexpr (aligned) {
+        return *reinterpret_cast<const Quad<T>*>(x + from.source);  // of outsiders, too: nothing waits for a condition
+    } else {
+        Quad<T> quad{};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (i < from.count) quad.set(i, x[from.source + i]);
+        return quad;
+    }
+}
+
+// The codes of four values, a byte each; zeros from `count` on
+template <int bits> __device__ inline unsigned codes_of(const float (&value)[4], QuadSource from, Grid grid) {
+    unsigned code[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) code[i] = code_of<bits>(value[i], grid);
+    const unsigned low = __byte_perm(code[0], code[1], 0x0040), high = __byte_perm(code[2], code[3], 0x0040);
+    return __byte_perm(low, high, 0x5410) & from.byte_mask;
+}
+
+__device__ inline int sum_of_bytes(unsigned bytes, int sum) {
+    asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(bytes), "r"(0x01010101u));
+    return sum;
 }
 
 __device__ inline void warp_range(float& lo, float& hi) {
@@ -41,53 +107,25 @@ __device__ inline void warp_range(float& lo, float& hi) {
     }
 }
 
-__device__ inline int warp_sum(int value) {
+// The column of a k-block where the four begin whose codes lane 4 i + t gives to `plane_fragment` as word h
+__device__ inline int fragment_column(int lane, int h) { return 32 * (lane / 4) + 16 * h + 4 * (lane % 4); }
+
+// Words of codes, four a byte each (columns from `fragment_column` on) -> the words of bit-plane n of the k-block, for lane
+// 4 n + t: bit i + 8 j of word h stands for column 32 i + 16 h + 4 t + j. It is the B fragment of `mma_b1`.
+//
+// Each byte j of the eight lanes with the same t is transposed: bit n of lane i goes to bit i of lane n. Of index bit after
+// index bit, half of each word stays, and the other halves of both words are exchanged as one word.
+__device__ inline uint2 plane_fragment(unsigned word0, unsigned word1, int lane) {
 #pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(~0u, value, lane);
-    return value;
-}
-
-// The column of a block of 256 whose codes lane 4 n + t gives to `plane_fragment`: this one and every 32nd after it
-__device__ inline int first_column(int lane) {
-    int n = lane / 4, t = lane % 4;
-    return 16 * (n / 4) + 4 * t + n % 4;
-}
-
-// Eight codes of a lane (columns `first_column` + 32 i), as bytes -> the words of plane n of a token's block of 256
-// columns, for lane 4 n + t: bit i + 8 j of word h stands for column 32 i + 16 h + 4 t + j, the B fragment of `mma_b1`.
-__device__ inline uint2 plane_fragment(unsigned low, unsigned high, int lane) {
-    // Transpose the lane's 8 x 8 bits: byte p holds plane p, bit i of it column i
-    unsigned swap = (low ^ (low >> 7)) & 0x00AA00AAu;
-    low ^= swap ^ (swap << 7);
-    swap = (high ^ (high >> 7)) & 0x00AA00AAu;
-    high ^= swap ^ (swap << 7);
-    swap = (low ^ (low >> 14)) & 0x0000CCCCu;
-    low ^= swap ^ (swap << 14);
-    swap = (high ^ (high >> 14)) & 0x0000CCCCu;
-    high ^= swap ^ (swap << 14);
-    unsigned planes_0_3 = (low & 0x0F0F0F0Fu) | ((high & 0x0F0F0F0Fu) << 4);
-    unsigned planes_4_7 = (high & 0xF0F0F0F0u) | ((low >> 4) & 0x0F0F0F0Fu);
-    // Transpose 8 x 8 bytes across the eight lanes with the same t: exchange words, then halves, then bytes
-    bool upper = lane & 16;
-    unsigned received = __shfl_xor_sync(~0u, upper ? planes_0_3 : planes_4_7, 16);
-    low = upper ? received : planes_0_3;
-    high = upper ? planes_4_7 : received;
-    upper = lane & 8;
-    received = __shfl_xor_sync(~0u, __byte_perm(low, high, upper ? 0x5410 : 0x7632), 8);
-    low = __byte_perm(low, received, upper ? 0x3254 : 0x5410);
-    high = __byte_perm(high, received, upper ? 0x3276 : 0x7610);
-    upper = lane & 4;
-    received = __shfl_xor_sync(~0u, __byte_perm(low, high, upper ? 0x6420 : 0x7531), 4);
-    low = __byte_perm(low, received, upper ? 0x3514 : 0x5240);
-    high = __byte_perm(high, received, upper ? 0x3716 : 0x7260);
-    return make_uint2(low, high);
-}
-
-// Where padded groups put the columns: group g of `size` columns starts at g * padded. -1: padding.
-template <int size, int padded> __device__ inline int source_column(int column, int columns) {
-    if constexpr (size != padded) {
-        int group = column / padded, offset = column % padded;
-        column = offset < size ? group * size + offset : columns;
+    for (int distance = 4; distance > 0; distance /= 2) {
+        const unsigned low = distance == 4 ? 0x0F0F0F0Fu : distance == 2 ? 0x33333333u : 0x55555555u;
+        const bool upper = lane / 4 & distance;
+        const unsigned stays = upper ? ~low : low;
+        const int right = upper ? 0 : distance, left = upper ? distance : 0;
+        const unsigned sent = (word0 >> right & low) | (word1 << left & ~low);
+        const unsigned received = __shfl_xor_sync(~0u, sent, 4 * distance);
+        word0 = (word0 & stays) | (received << right & ~stays);
+        word1 = (word1 & stays) | (received >> left & ~stays);
     }
-    return column < columns ? column : -1;
+    return make_uint2(word0, word1);
 }

@@ -25,7 +25,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps) dequantize(
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int group = C::grouped ? (8 * kb + i) / C::group_words : 0;
-            const bool inside = source_column<C::group_size, C::group_padded>(256 * kb + 32 * i, K) >= 0;
+            const bool inside = quad_source<C::group_size, C::group_padded>(256 * kb + 32 * i, K).count > 0;
             const long long at = (long long)group * row_tiles * 16 + n;
             const float scale = inside ? w_scale[at] : 0;
             int zero = 0;
@@ -44,16 +44,14 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps) dequantize(
                     }
                     four.element[j] = from_float<T>(__fmul_rn(float(code - zero), scale));
                 }
-                T* row = out + (long long)n * K;
+                const QuadSource to = quad_source<C::group_size, C::group_padded>(padded, K);
+                T* address = out + (long long)n * K + to.source;
                 if constexpr (C::in_fours) {
-                    const int column = source_column<C::group_size, C::group_padded>(padded, K);
-                    if (column >= 0) *reinterpret_cast<Four<T>*>(row + column) = four;
+                    if (to.count) *reinterpret_cast<Four<T>*>(address) = four;
                 } else {
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const int column = source_column<C::group_size, C::group_padded>(padded + j, K);
-                        if (column >= 0) row[column] = four.element[j];
-                    }
+                    for (int j = 0; j < 4; j++)
+                        if (j < to.count) address[j] = four.element[j];
                 }
             }
         }

@@ -1,40 +1,40 @@
 // Per-token quantization of activations, packed as the product that follows wants them; one block of threads a token.
 //
-// The token is read twice (the second time from a cache): for its range, and to write codes. Before that, it may be
-// normalized (RMSNorm) or be the product SiLU(gate) * up; both round to T where Transformers does.
+// The token is read once, four neighbours at a time, and stays in registers: warp w holds k-blocks w, w + warps, ... Before
+// it is quantized, it may be normalized (RMSNorm) or be the product SiLU(gate) * up; both round to T where Transformers does.
 //
 //   C::layout   0  fragments   uint2 [KB][tiles][32]            columns of `mma_b1`: `C::columns` planes of a token
 //               1  bytes       uchar [16 KB][tiles][8][16]      16 columns of 8 tokens: a core matrix of wgmma
 //               2  plane bytes uchar [KB][bits][2][tiles][8][16]
 //   C::bits     1..8, or 16: signed, with a scale for every block of 256 columns (layout 0 only)
+//   C::held     k-blocks of a warp
 #pragma once
 
 #include "codes.cuh"
 
 __device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
 
-template <class C> struct Source {
-    using T = typename C::T;
-    const T *x, *other;  // other: the norm's weight [K], or up [M, K]
-    float inverse_rms;
-
-    __device__ float operator()(int column) const {
-        float value = to_float(x[column]);
-        if constexpr (C::prologue == 1) {
-            float normalized = to_float(from_float<T>(value * inverse_rms));
-            value = to_float(from_float<T>(normalized * to_float(other[column])));
-        } else if constexpr (C::prologue == 2) {
-            float activated = to_float(from_float<T>(silu(value)));
-            value = to_float(from_float<T>(activated * to_float(other[column])));
+// Values before they are quantized. x, other: the token and the norm's weight, or gate and up
+template <class T, int prologue>
+__device__ inline void values_of(float (&value)[4], const Quad<T>& x, const Quad<T>& other, float inverse_rms) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        value[i] = x.value(i);
+        if constexpr (prologue == 1) {
+            const float normalized = to_float(from_float<T>(value[i] * inverse_rms));
+            value[i] = to_float(from_float<T>(normalized * other.value(i)));
+        } else if constexpr (prologue == 2) {
+            const float activated = to_float(from_float<T>(silu(value[i])));
+            value[i] = to_float(from_float<T>(activated * other.value(i)));
         }
-        return value;
     }
-};
+}
 
 template <class C> __global__ void __launch_bounds__(C::threads) quantize(
     const typename C::T* x, const typename C::T* other, float epsilon, unsigned* codes, float* scales, int* zeros, int* sums,
     int* group_sums, int tokens, int columns, int k_blocks, int tiles, int groups) {
-    constexpr int warps = C::threads / 32, code_bits = C::bits == 16 ? 8 : C::bits;
+    using T = typename C::T;
+    constexpr int warps = C::threads / 32;
     __shared__ float lows[warps], highs[warps];
     __shared__ int total;
     extern __shared__ int group_totals[];  // [groups], if they are asked for
@@ -42,17 +42,36 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
     if (threadIdx.x == 0) total = 0;
     if constexpr (C::group_sums)
         for (int g = threadIdx.x; g < groups; g += C::threads) group_totals[g] = 0;
+    grid_dependency_launch();
     grid_dependency_wait();
-    grid_dependency_launch();  // after the wait: what the product reads before its own may come from our predecessor
 
-    Source<C> source{x + (long long)token * columns, other, 1.0f};
-    if constexpr (C::prologue == 2) source.other += (long long)token * columns;
+    // Bytes: neighbours in one lane; planes: neighbours in neighbouring lanes
+    auto source = [&](int b, int h) {
+        const int column = C::layout == 1 ? 8 * lane + 4 * h : fragment_column(lane, h);
+        return quad_source<C::group_size, C::group_padded>(256 * (b * warps + warp) + column, columns);
+    };
+    Quad<T> quad[C::held][2], second[C::prologue ? C::held : 1][2];
+#pragma unroll
+    for (int b = 0; b < C::held; b++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            quad[b][h] = load_quad<T, C::aligned>(x + (long long)token * columns, source(b, h));
+            if constexpr (C::prologue == 1) second[b][h] = load_quad<T, C::aligned>(other, source(b, h));
+            if constexpr (C::prologue == 2) second[b][h] = load_quad<T, C::aligned>(other + (long long)token * columns, source(b, h));
+        }
+
+    float inverse_rms = 1;
     if constexpr (C::prologue == 1) {
         float squares = 0;
-        for (int k = threadIdx.x; k < columns; k += C::threads) {
-            float value = to_float(source.x[k]);
-            squares += value * value;
-        }
+#pragma unroll
+        for (int b = 0; b < C::held; b++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float value = quad[b][h].value(i);
+                    if (i < source(b, h).count) squares += value * value;
+                }
 #pragma unroll
         for (int other_lane = 16; other_lane > 0; other_lane /= 2) squares += __shfl_xor_sync(~0u, squares, other_lane);
         if (lane == 0) lows[warp] = squares;
@@ -60,92 +79,91 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
         squares = 0;
 #pragma unroll
         for (int w = 0; w < warps; w++) squares += lows[w];
-        source.inverse_rms = rsqrtf(squares / columns + epsilon);
+        inverse_rms = rsqrtf(squares / columns + epsilon);
         __syncthreads();
     }
+    // Values of outsiders are some token's values: they widen no range
+    auto values = [&](float (&value)[4], int b, int h) {
+        values_of<T, C::prologue>(value, quad[b][h], second[C::prologue ? b : 0][h], inverse_rms);
+    };
 
     Grid grid{};
     if constexpr (C::bits < 16) {
         float lo = 0, hi = 0;
-        for (int k0 = threadIdx.x; k0 < columns; k0 += 8 * C::threads) {
-            float value[8];  // eight loads under way
 #pragma unroll
-            for (int i = 0; i < 8; i++) value[i] = source(min(k0 + i * C::threads, columns - 1));
+        for (int b = 0; b < C::held; b++)
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                lo = fminf(lo, value[i]);
-                hi = fmaxf(hi, value[i]);
+            for (int h = 0; h < 2; h++) {
+                float value[4];
+                values(value, b, h);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    lo = fminf(lo, value[i]);
+                    hi = fmaxf(hi, value[i]);
+                }
             }
-        }
         warp_range(lo, hi);
         if (lane == 0) {
             lows[warp] = lo;
             highs[warp] = hi;
         }
         __syncthreads();
-#pragma unroll
-        for (int w = 0; w < warps; w++) {
-            lo = fminf(lo, lows[w]);
-            hi = fmaxf(hi, highs[w]);
-        }
-        grid = choose_grid<code_bits, C::symmetric>(lo, hi);
+        lo = lane < warps ? lows[lane] : 0;
+        hi = lane < warps ? highs[lane] : 0;
+        warp_range(lo, hi);
+        grid = choose_grid<C::bits, C::symmetric>(lo, hi);
     }
 
     int sum = 0;
-    for (int kb = warp; kb < k_blocks; kb += warps) {
-        unsigned code[8];
-        int column[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) {  // bytes: neighbours in one lane; planes: neighbours in neighbouring lanes
-            int padded = 256 * kb + (C::layout == 1 ? 8 * lane + i : 32 * i + first_column(lane));
-            column[i] = source_column<C::group_size, C::group_padded>(padded, columns);
-        }
+    for (int b = 0; b < C::held; b++) {
+        const int kb = b * warps + warp;
+        if (kb >= k_blocks) break;
+        float value[2][4];
+        values(value[0], b, 0);
+        values(value[1], b, 1);
+        unsigned word[C::bits == 16 ? 2 : 1][2];  // [byte of the code][h]
         if constexpr (C::bits == 16) {
-            float value[8], lo = 0, hi = 0;
+            float lo = 0, hi = 0;
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                value[i] = column[i] >= 0 ? source(column[i]) : 0;
-                lo = fminf(lo, value[i]);
-                hi = fmaxf(hi, value[i]);
-            }
+            for (int i = 0; i < 8; i++)
+                if (i % 4 < source(b, i / 4).count) {
+                    lo = fminf(lo, value[i / 4][i % 4]);
+                    hi = fmaxf(hi, value[i / 4][i % 4]);
+                }
             warp_range(lo, hi);
-            float scale = fmaxf(fmaxf(hi, -lo) / 32767.0f, 1e-35f), reciprocal = 1.0f / scale;
+            const float scale = fmaxf(fmaxf(hi, -lo) / 32767.0f, 1e-35f), reciprocal = 1.0f / scale;
             if (lane == 0) scales[kb * tokens + token] = scale;
 #pragma unroll
-            for (int i = 0; i < 8; i++) code[i] = unsigned(int(rintf(value[i] * reciprocal)));
-        } else {
-            float value[8];
+            for (int h = 0; h < 2; h++) {
+                unsigned code[4];
 #pragma unroll
-            for (int i = 0; i < 8; i++) value[i] = source(max(column[i], 0));
-            int block_sum = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                code[i] = column[i] >= 0 ? code_of<code_bits>(value[i], grid) : 0;
-                block_sum += code[i];
+                for (int i = 0; i < 4; i++) code[i] = unsigned(int(rintf(value[h][i] * reciprocal)));
+                const unsigned first = __byte_perm(code[0], code[1], 0x5140), last = __byte_perm(code[2], code[3], 0x5140);
+                word[0][h] = __byte_perm(first, last, 0x5410) & source(b, h).byte_mask;
+                word[1][h] = __byte_perm(first, last, 0x7632) & source(b, h).byte_mask;
             }
+        } else {
+#pragma unroll
+            for (int h = 0; h < 2; h++) word[0][h] = codes_of<C::bits>(value[h], source(b, h), grid);
+            const int block_sum = sum_of_bytes(word[0][0], sum_of_bytes(word[0][1], 0));
             sum += block_sum;
             if constexpr (C::group_sums) {  // a lane's eight neighbours are in one group: it is a multiple of 32
-                int group = (256 * kb + 8 * lane) / C::group_padded;
+                const int group = (256 * kb + 8 * lane) / C::group_padded;
                 if (group < groups) atomicAdd(&group_totals[group], block_sum);
             }
         }
 #pragma unroll
         for (int byte = 0; byte < (C::bits == 16 ? 2 : 1); byte++) {
-            unsigned low = 0, high = 0;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                low |= (code[i] >> (8 * byte) & 0xFF) << (8 * i);
-                high |= (code[i + 4] >> (8 * byte) & 0xFF) << (8 * i);
-            }
             if constexpr (C::layout == 1) {
-                int chunk = 16 * kb + lane / 2;
+                const int chunk = 16 * kb + lane / 2;
                 uint2* to = reinterpret_cast<uint2*>(codes) + (((long long)chunk * tiles + token / 8) * 8 + token % 8) * 2;
-                to[lane % 2] = make_uint2(low, high);
+                to[lane % 2] = make_uint2(word[byte][0], word[byte][1]);
             } else {
-                uint2 words = plane_fragment(low, high, lane);
-                int plane = lane / 4, t = lane % 4;
+                const uint2 words = plane_fragment(word[byte][0], word[byte][1], lane);
+                const int plane = lane / 4, t = lane % 4;
                 if constexpr (C::layout == 0) {
-                    int at = token * C::columns + 8 * byte + plane;  // the column of the product
+                    const int at = token * C::columns + 8 * byte + plane;  // the column of the product
                     uint2* to = reinterpret_cast<uint2*>(codes) + ((long long)kb * tiles + at / 8) * 32;
                     if (plane < C::columns) to[4 * (at % 8) + t] = words;
                 } else if (plane < C::bits) {
@@ -157,7 +175,7 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
         }
     }
     if constexpr (C::bits < 16) {
-        sum = warp_sum(sum);
+        sum = __reduce_add_sync(~0u, sum);
         if (lane == 0) atomicAdd(&total, sum);
         __syncthreads();
         if (threadIdx.x == 0) {
