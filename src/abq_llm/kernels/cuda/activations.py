@@ -10,6 +10,8 @@ from torch import Tensor
 from abq_llm.kernels.cuda import jit, launch
 from abq_llm.kernels.cuda.problem import BLOCK, Problem
 
+MANY_TOKENS = 1024  # tiles of 8 that fill a GPU
+GROUP_TOTALS_LIMIT = 24 * 1024  # bytes of shared memory for a tile's sums over groups
 FEW_TOKENS = 64  # blocks, one a token, that leave room for larger ones
 TYPE_NAMES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 FRAGMENTS, BYTES, PLANE_BYTES = 0, 1, 2  # layouts, as in the kernel
@@ -62,32 +64,39 @@ def quantize(
         empty(padded, dtype=torch.int32),
         empty((problem.groups, padded) if group_sums else padded, dtype=torch.int32),
     )
-    threads = 1024 if m <= FEW_TOKENS and problem.k >= 4096 else 256
     sources = [x] if other is None else [x, other]
+    many = m >= MANY_TOKENS and layout != FRAGMENTS and 32 * problem.groups <= GROUP_TOTALS_LIMIT
+    threads = 1024 if m <= FEW_TOKENS and problem.k >= 4096 else 256
+    held = -(-k_blocks // (threads // 32))
     constants: dict[str, bool | int | str] = {
         "T": TYPE_NAMES[x.dtype],
         "bits": bits,
-        "columns": columns_per_token(bits),
         "symmetric": problem.symmetric,
         "layout": layout,
         "prologue": prologue,
         "group_sums": group_sums,
-        "threads": threads,
-        "held": -(-k_blocks // (threads // 32)),
         "aligned": all(aligned(source, problem) for source in sources),
         **problem.columns(),
     }
-    kernel = jit.load("quantize", "quantize", constants, x.device)
+    if many:
+        constants["blocks"] = 4
+    else:
+        constants["columns"] = columns_per_token(bits)
+        constants["threads"] = threads
+        constants["held"] = held
+        constants["whole"] = problem.k == 8 * threads * held and problem.group_size == problem.group_padded
+    name = "quantize_tiles" if many else "quantize"
+    kernel = jit.load(name, name, constants, x.device)
     sums, groups = (empty(padded, dtype=torch.int32), out.sums) if group_sums else (out.sums, None)
     launch.launch(
         kernel,
-        (m, 1, 1),
-        (threads, 1, 1),
+        (-(-m // 8) if many else m, 1, 1),
+        (256 if many else threads, 1, 1),
         [
             *(x, other, float(epsilon), out.codes, out.scale, out.zero, sums, groups),
             *(m, problem.k, k_blocks, tiles, problem.groups),
         ],
-        shared_bytes=4 * problem.groups if group_sums else 0,
+        shared_bytes=4 * problem.groups * (8 if many else 1) if group_sums else 0,
         programmatic=True,
     )
     return out

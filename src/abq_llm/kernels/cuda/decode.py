@@ -15,7 +15,7 @@ from abq_llm.kernels.cuda.problem import Problem
 
 WHOLE_ROW = 2**20  # group_words where there are no groups
 FUSED_TOKENS = 4  # up to which every block may quantize x anew
-STAGES = (1, 2, 3, 4, 6, 8, 12)
+STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 STATIC_LIMIT = 32 * 1024  # bytes of shared memory for sums; with what a fused token needs, a kernel may have 48 KiB
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 
@@ -46,11 +46,12 @@ class Tile:
         return -(-problem.row_tiles // (sms * self.blocks_per_sm))
 
     def pass_tiles(self, problem: Problem, sms: int) -> int:
-        """Row tiles whose sums the warps exchange at a time: 1, 2, 4 or 8, with a thread for every output if not 1."""
+        """Row tiles whose sums the warps exchange at a time, up to 8, with a thread for every output unless it is one."""
         outputs = 16 * self.tokens(problem)
         sums = 2 * 4 * self.warps * outputs  # bytes
-        most = min(self.rounds(problem, sms), 8, 32 * self.warps // outputs, STATIC_LIMIT // sums)
-        return 1 << max(most, 1).bit_length() - 1
+        rounds = self.rounds(problem, sms)
+        passes = -(-rounds // max(1, min(8, 32 * self.warps // outputs, STATIC_LIMIT // sums)))
+        return -(-rounds // passes)
 
 
 def slot_bytes(problem: Problem) -> int:
@@ -146,6 +147,9 @@ def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms:
         "warps": tile.warps,
         "stages": tile.stages,
         "pass": tile.pass_tiles(problem, sms),
+        "refill": tile.rounds(problem, sms) * tile.x_blocks(problem) > tile.stages,
+        "whole": problem.k == 256 * tile.warps * tile.x_blocks(problem) and problem.group_size == problem.group_padded,
+        "trigger": 1,
         "x_blocks": tile.x_blocks(problem),
         "queue_bytes": tile.stages * slot_bytes(problem),
         "resident": resident(tile, problem),

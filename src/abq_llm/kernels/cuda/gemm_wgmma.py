@@ -6,6 +6,7 @@ The choice of a tile is a pure function of integers: it compares estimates of wh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,17 +48,18 @@ class Tile:
     def threads(self) -> int:
         return (self.consumers + 1) * 128
 
-    def grid(self, m: int, n: int) -> tuple[int, int, int]:
-        return -(-n // self.rows), -(-m // self.tokens), 1
+    def count(self, m: int, n: int) -> int:
+        """Tiles of y."""
+        return -(-n // self.rows) * -(-m // self.tokens)
 
 
 def shared_bytes(tile: Tile, planes: int, out_size: int, x_planes: int | None = None) -> int:
     """The block's shared memory, laid out in `wgmma_tile.cuh`; x_planes is given for binary products."""
-    head = -(-(256 + 12 * tile.tokens) // 128) * 128
+    head = -(-(384 + 24 * tile.tokens) // 128) * 128
     stage = tile.tokens * 32 * (tile.stage_steps if x_planes is None else x_planes)
     slot = tile.rows // 16 * planes * 512
-    out = tile.consumers * tile.tokens * (64 * out_size + 16)
-    return head + max(tile.stages * stage + tile.weight_slots * slot, out)
+    out = tile.consumers * 2 * 16 * (64 * out_size + 16)
+    return head + tile.stages * stage + tile.weight_slots * slot + out
 
 
 def _filled(tile: Tile, planes: int, out_size: int, x_planes: int | None = None) -> Tile | None:
@@ -125,8 +127,7 @@ def cycles(tile: Tile, m: int, n: int, k_blocks: int, planes: int, sms: int, x_p
     def round_of(blocks: int) -> float:
         return START_CYCLES + k_blocks * max(blocks * tile.consumers * work, alone) if blocks else 0
 
-    columns, rows, _ = tile.grid(m, n)
-    full_rounds, rest = divmod(-(-columns * rows // sms), tile.resident)
+    full_rounds, rest = divmod(-(-tile.count(m, n) // sms), tile.resident)
     return full_rounds * round_of(tile.resident) + round_of(rest)
 
 
@@ -241,10 +242,16 @@ def _launch(
     more: tuple[int, ...],
 ) -> None:
     m, n = y.shape
-    grid = tile.grid(m, n)
-    if token_tiles * 8 < grid[1] * tile.tokens:
-        raise AbqError(f"x is padded to {token_tiles * 8} tokens; tiles of {tile.tokens} need {grid[1] * tile.tokens}")
+    needed = -(-m // tile.tokens) * tile.tokens
+    if token_tiles * 8 < needed:
+        raise AbqError(f"x is padded to {token_tiles * 8} tokens; tiles of {tile.tokens} need {needed}")
+    grid = min(tile.count(m, n), tile.resident * _sms(y.get_device())), 1, 1
     kernel = jit.load(stem, stem, config, y.device)
     args = [weight, x, *rows, *tokens, bias, y, m, n, k_blocks, token_tiles, *more]
     shared = shared_bytes(tile, planes, y.element_size(), x_planes)
     launch.launch(kernel, grid, (tile.threads, 1, 1), args, shared, programmatic=bool(config["programmatic"]))
+
+
+@lru_cache
+def _sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -57,8 +57,9 @@ struct QuadSource {
     unsigned byte_mask;  // of those that are there
 };
 
-// Padded groups: group g of `size` columns starts at g * padded.
-template <int size, int padded> __device__ inline QuadSource quad_source(int column, int columns) {
+// Padded groups: group g of `size` columns starts at g * padded. `whole`: no column is padding.
+template <int size, int padded, bool whole> __device__ inline QuadSource quad_source(int column, int columns) {
+    if constexpr (whole) return {column, 4, ~0u};
     int inside = 4;
     if constexpr (size != padded) {
         const int group = column / padded, offset = column % padded;
@@ -85,6 +86,45 @@ template <class T, bool aligned> __device__ inline Quad<T> load_quad(const T* x,
     }
 }
 
+// Ends of a range that holds zero. 16-bit values are compared two at a time.
+template <class T> struct Range {
+    unsigned top = 0, bottom = 0;
+    __device__ void add(const Quad<T>& quad) {
+        top = larger(larger(top, quad.words.x), quad.words.y);
+        bottom = smaller(smaller(bottom, quad.words.x), quad.words.y);
+    }
+    __device__ float hi() const { return fmaxf(first(top), second(top)); }
+    __device__ float lo() const { return fminf(first(bottom), second(bottom)); }
+
+  private:
+    static __device__ float first(unsigned pair) { return to_float(T{(unsigned short)pair}); }
+    static __device__ float second(unsigned pair) { return to_float(T{(unsigned short)(pair >> 16)}); }
+    static __device__ unsigned larger(unsigned a, unsigned b);
+    static __device__ unsigned smaller(unsigned a, unsigned b);
+};
+#define ABQ_PAIRS(T, name, instruction)                                              \
+    template <> __device__ inline unsigned Range<T>::name(unsigned a, unsigned b) { \
+        asm(instruction " %0, %0, %1;" : "+r"(a) : "r"(b));                         \
+        return a;                                                                    \
+    }
+ABQ_PAIRS(half_t, larger, "max.f16x2")
+ABQ_PAIRS(half_t, smaller, "min.f16x2")
+ABQ_PAIRS(bf16_t, larger, "max.bf16x2")
+ABQ_PAIRS(bf16_t, smaller, "min.bf16x2")
+#undef ABQ_PAIRS
+template <> struct Range<float> {
+    float top = 0, bottom = 0;
+    __device__ void add(const Quad<float>& quad) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            top = fmaxf(top, quad.value(i));
+            bottom = fminf(bottom, quad.value(i));
+        }
+    }
+    __device__ float hi() const { return top; }
+    __device__ float lo() const { return bottom; }
+};
+
 // The codes of four values, a byte each; zeros from `count` on
 template <int bits> __device__ inline unsigned codes_of(const float (&value)[4], QuadSource from, Grid grid) {
     unsigned code[4];
@@ -99,6 +139,11 @@ __device__ inline int sum_of_bytes(unsigned bytes, int sum) {
     return sum;
 }
 
+// The largest magnitude of a warp's values: bits of what is not negative order as integers do
+__device__ inline float warp_max(float value) {
+    return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(fabsf(value))));
+}
+
 __device__ inline void warp_range(float& lo, float& hi) {
 #pragma unroll
     for (int lane = 16; lane > 0; lane /= 2) {
@@ -110,22 +155,25 @@ __device__ inline void warp_range(float& lo, float& hi) {
 // The column of a k-block where the four begin whose codes lane 4 i + t gives to `plane_fragment` as word h
 __device__ inline int fragment_column(int lane, int h) { return 32 * (lane / 4) + 16 * h + 4 * (lane % 4); }
 
+// A step of the transposition of `plane_fragment`: half of each word stays, the other halves are exchanged as one word
+template <int distance> __device__ inline void exchange_lanes(unsigned& word0, unsigned& word1, int lane) {
+    constexpr unsigned low = distance == 4 ? 0x0F0F0F0Fu : distance == 2 ? 0x33333333u : 0x55555555u;
+    const bool upper = lane / 4 & distance;
+    const unsigned stays = upper ? ~low : low;
+    const int right = upper ? 0 : distance, left = upper ? distance : 0;
+    const unsigned sent = (word0 >> right & low) | (word1 << left & ~low);
+    const unsigned received = __shfl_xor_sync(~0u, sent, 4 * distance);
+    word0 = (word0 & stays) | (received << right & ~stays);
+    word1 = (word1 & stays) | (received >> left & ~stays);
+}
+
 // Words of codes, four a byte each (columns from `fragment_column` on) -> the words of bit-plane n of the k-block, for lane
 // 4 n + t: bit i + 8 j of word h stands for column 32 i + 16 h + 4 t + j. It is the B fragment of `mma_b1`.
 //
-// Each byte j of the eight lanes with the same t is transposed: bit n of lane i goes to bit i of lane n. Of index bit after
-// index bit, half of each word stays, and the other halves of both words are exchanged as one word.
+// Each byte j of the eight lanes with the same t is transposed: bit n of lane i goes to bit i of lane n.
 __device__ inline uint2 plane_fragment(unsigned word0, unsigned word1, int lane) {
-#pragma unroll
-    for (int distance = 4; distance > 0; distance /= 2) {
-        const unsigned low = distance == 4 ? 0x0F0F0F0Fu : distance == 2 ? 0x33333333u : 0x55555555u;
-        const bool upper = lane / 4 & distance;
-        const unsigned stays = upper ? ~low : low;
-        const int right = upper ? 0 : distance, left = upper ? distance : 0;
-        const unsigned sent = (word0 >> right & low) | (word1 << left & ~low);
-        const unsigned received = __shfl_xor_sync(~0u, sent, 4 * distance);
-        word0 = (word0 & stays) | (received << right & ~stays);
-        word1 = (word1 & stays) | (received >> left & ~stays);
-    }
+    exchange_lanes<4>(word0, word1, lane);
+    exchange_lanes<2>(word0, word1, lane);
+    exchange_lanes<1>(word0, word1, lane);
     return make_uint2(word0, word1);
 }

@@ -17,6 +17,8 @@
 //   C::columns    of a token in the product: its bits, rounded up to 2, 4, 8 or 16
 //   C::tiles      of 8 columns; a block does tiles * 8 / columns tokens
 //   C::x_blocks   k-blocks of a warp
+//   C::whole      there are no columns but those of x, and every warp has C::x_blocks k-blocks
+//   C::refill     the queue does not hold all that a warp multiplies
 //   C::fused      x is quantized here, by every block anew: no kernel before this one to wait for
 //   C::in_floats  groups, or 16-bit x with a scale for every k-block: sums are scaled and added in fp32 part by part
 #pragma once
@@ -45,11 +47,6 @@ template <class C> struct DecodeShape {
     static_assert(C::queue_bytes == queue_bytes, "the host must ask for as much shared memory");
 };
 
-// The largest of a warp's values, none of them negative: their bits order as integers do
-__device__ inline float warp_max(float value) {
-    return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(fabsf(value))));
-}
-
 template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident) decode(
     const uint4* weight, const void* x, const float* w_scale, const void* w_zero, const void* w_sum, const float* x_scale,
     const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N, int K, int k_blocks, int x_tiles,
@@ -61,8 +58,8 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
     static_assert(C::pass == 1 || C::pass * tokens * 16 <= 32 * C::warps, "a thread writes outputs of one row");
     constexpr bool by_plane = !C::in_floats && C::tiles * C::planes <= 16;  // a sum for each plane fits in registers
     __shared__ Sum partial[2][C::pass][C::warps][tokens][16];
-    __shared__ Grid fused_grid[C::fused ? tokens : 1];
-    __shared__ int fused_sum[C::fused ? tokens : 1];
+    __shared__ Grid token_grid[tokens];
+    __shared__ int token_sum[tokens];
     extern __shared__ uint4 queues[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_tile = blockIdx.y * C::tiles, first_token = blockIdx.y * tokens;
@@ -71,7 +68,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
     unsigned char* queue = reinterpret_cast<unsigned char*>(queues) + warp * Shape::queue_bytes;
     auto load = [&](int slot, int row_tile, int b) {
         const int kb = b * C::warps + warp;
-        if (row_tile < row_tiles && kb < k_blocks) {
+        if (row_tile < row_tiles && (C::whole || kb < k_blocks)) {
             unsigned char* to = queue + slot * Shape::slot_bytes;
             const uint4* from = weight + ((long long)row_tile * k_blocks + kb) * (C::planes * 32) + lane;
 #pragma unroll
@@ -111,17 +108,18 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
     for (int s = 0; s < C::stages; s++) load(s, blockIdx.x + s / C::x_blocks * gridDim.x, s % C::x_blocks);
     load_row(blockIdx.x);
     if constexpr (C::programmatic) {
-        grid_dependency_launch();
+        if constexpr (C::trigger == 0) grid_dependency_launch();
         grid_dependency_wait();
+        if constexpr (C::trigger == 1) grid_dependency_launch();
     }
 
     // This warp's k-blocks of x, as fragments of bit-planes
     uint2 fragment[C::x_blocks][C::tiles];
     if constexpr (C::fused) {
         __shared__ float tops[tokens][C::warps], bottoms[tokens][C::warps];
-        if (threadIdx.x < tokens) fused_sum[threadIdx.x] = 0;
+        if (threadIdx.x < tokens) token_sum[threadIdx.x] = 0;
         auto source = [&](int b, int h) {
-            return quad_source<C::group_size, C::group_padded>(256 * (b * C::warps + warp) + fragment_column(lane, h), K);
+            return quad_source<C::group_size, C::group_padded, C::whole>(256 * (b * C::warps + warp) + fragment_column(lane, h), K);
         };
         Quad<T> quad[tokens][C::x_blocks][2];
 #pragma unroll
@@ -134,18 +132,12 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
         }
 #pragma unroll
         for (int m = 0; m < tokens; m++) {
-            float top = 0, bottom = 0;
+            Range<T> range;
 #pragma unroll
             for (int b = 0; b < C::x_blocks; b++)
 #pragma unroll
-                for (int h = 0; h < 2; h++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        top = fmaxf(top, quad[m][b][h].value(i));
-                        bottom = fmaxf(bottom, -quad[m][b][h].value(i));
-                    }
-            top = warp_max(top);
-            bottom = warp_max(bottom);
+                for (int h = 0; h < 2; h++) range.add(quad[m][b][h]);
+            const float top = warp_max(range.hi()), bottom = warp_max(range.lo());
             if (lane == 0) {
                 tops[m][warp] = top;
                 bottoms[m][warp] = bottom;
@@ -170,14 +162,19 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
                     words[b][m * C::columns / 8][h] |= codes << (m * C::columns % 8);
                 }
             sum = __reduce_add_sync(~0u, sum);
-            if (lane == 0) atomicAdd(&fused_sum[m], sum);
-            if (threadIdx.x == 0) fused_grid[m] = grid;
+            if (lane == 0) atomicAdd(&token_sum[m], sum);
+            if (threadIdx.x == 0) token_grid[m] = grid;
         }
 #pragma unroll
         for (int b = 0; b < C::x_blocks; b++)
 #pragma unroll
             for (int n = 0; n < C::tiles; n++) fragment[b][n] = plane_fragment(words[b][n][0], words[b][n][1], lane);
     } else {
+        for (int i = threadIdx.x; i < tokens && C::bits < 16; i += 32 * C::warps) {
+            const int m = min(first_token + i, M - 1);
+            token_grid[i] = {x_scale[m], 0, x_zero[m]};
+            token_sum[i] = x_sum[m];
+        }
 #pragma unroll
         for (int b = 0; b < C::x_blocks; b++)
 #pragma unroll
@@ -208,7 +205,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
                 uint4 planes[C::planes];
 #pragma unroll
                 for (int p = 0; p < C::planes; p++) planes[p] = reinterpret_cast<const uint4*>(from)[p * 32 + lane];
-                if (kb >= k_blocks) {
+                if (!C::whole && kb >= k_blocks) {
                     // nothing: the last round of k-blocks does not take all warps
                 } else if constexpr (by_plane) {
 #pragma unroll
@@ -272,9 +269,14 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
                     }
                     __syncwarp();  // all lanes have read the slot
                 }
-                constexpr int ahead = C::stages;
-                load(slot, row_tile + (b + ahead) / C::x_blocks * gridDim.x, (b + ahead) % C::x_blocks);
-                slot = slot == C::stages - 1 ? 0 : slot + 1;
+                if constexpr (C::refill) {
+                    constexpr int ahead = C::stages;
+                    load(slot, row_tile + (b + ahead) / C::x_blocks * gridDim.x, (b + ahead) % C::x_blocks);
+                    slot = slot == C::stages - 1 ? 0 : slot + 1;
+                } else {
+                    copy_async_commit();  // for `copy_async_wait` to count
+                    slot++;
+                }
             }
 
             // The columns of a token together: in a lane, over the lanes of a quad, and over the two tiles of 16 bits
@@ -317,13 +319,11 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
             if constexpr (C::bits == 16) {
                 value = __fmul_rn(sum, scale_out);
             } else {
-                const float scale = C::fused ? fused_grid[at / 16].scale : x_scale[m];
-                const int zero = C::fused ? fused_grid[at / 16].zero : x_zero[m];
+                const Grid grid = token_grid[at / 16];
                 if constexpr (C::in_floats) {
-                    value = output_grouped(sum, offset_out, zero, scale);
+                    value = output_grouped(sum, offset_out, grid.zero, grid.scale);
                 } else {
-                    const int x_total = C::fused ? fused_sum[at / 16] : x_sum[m];
-                    value = output_per_channel(sum, zero_out, sum_out, scale_out, zero, x_total, scale);
+                    value = output_per_channel(sum, zero_out, sum_out, scale_out, grid.zero, token_sum[at / 16], grid.scale);
                 }
             }
             y[(long long)m * N + n_out] = from_float<T>(bias ? __fadd_rn(value, bias[n_out]) : value);

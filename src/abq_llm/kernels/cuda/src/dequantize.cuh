@@ -25,7 +25,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps) dequantize(
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int group = C::grouped ? (8 * kb + i) / C::group_words : 0;
-            const bool inside = quad_source<C::group_size, C::group_padded>(256 * kb + 32 * i, K).count > 0;
+            const bool inside = quad_source<C::group_size, C::group_padded, false>(256 * kb + 32 * i, K).count > 0;
             const long long at = (long long)group * row_tiles * 16 + n;
             const float scale = inside ? w_scale[at] : 0;
             int zero = 0;
@@ -44,7 +44,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps) dequantize(
                     }
                     four.element[j] = from_float<T>(__fmul_rn(float(code - zero), scale));
                 }
-                const QuadSource to = quad_source<C::group_size, C::group_padded>(padded, K);
+                const QuadSource to = quad_source<C::group_size, C::group_padded, false>(padded, K);
                 T* address = out + (long long)n * K + to.source;
                 if constexpr (C::in_fours) {
                     if (to.count) *reinterpret_cast<Four<T>*>(address) = four;

@@ -82,7 +82,7 @@ template <class C> struct GroupSums {
     }
 };
 
-// blocks: x over the rows, y over the tokens. MT, the token tiles of 8 that x has, is a multiple of
+// blocks: at most as many as tiles of y, which they share. MT, the token tiles of 8 that x has, is a multiple of
 // tokens / 8. If grouped, w_scale, w_zero and x_sum are [groups][...], and w_centered is the offset.
 template <class C>
 __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
@@ -96,115 +96,118 @@ __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
     extern __shared__ __align__(128) unsigned char dynamic_shared[];
     const Shared<C, Shape> shared{shared_address(dynamic_shared)};
     const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int row_tile0 = blockIdx.x * Shape::row_tiles, token0 = blockIdx.y * C::tokens;
+    Tiles<C, Shape> tiles(M, N);
 
     shared.init_together();
     if (warpgroup == C::consumers) {
-        produce<2 * C::stage_steps>(shared, weight, x, x_scale, x_zero, x_sum, row_tile0, token0, N, KB, MT);
+        produce<2 * C::stage_steps>(shared, tiles, weight, x, x_scale, x_zero, x_sum, N, KB, MT);
     } else {
         if constexpr (Shape::deals_registers) registers_raise<Shape::consumer_registers>();
-        const int row_tile = warpgroup * C::slabs * 4 + warp;          // in the block, of slab 0
-        const int n = (row_tile0 + row_tile) * 16 + lane / 4;          // of slab 0
-        int acc[C::slabs][C::tokens / 2];
-#pragma unroll
-        for (int slab = 0; slab < C::slabs; ++slab) {
-#pragma unroll
-            for (int i = 0; i < C::tokens / 2; ++i) acc[slab][i] = 0;
-        }
-        int accumulate = 1;
-        GroupSums<C> sums;
-        if constexpr (C::grouped) {
-            if constexpr (C::programmatic) grid_dependency_wait();  // for the sums of the groups
-#pragma unroll
-            for (int i = 0; i < C::tokens / 2; ++i) sums.total[i] = 0;
-            const int first = min(n, ceil_div(N, 16) * 16 - 16 + lane / 4);  // row tiles past the last one repeat it
-            sums.scale = w_scale + first, sums.zero = w_zero + first;
-            sums.token_sums = x_sum + token0 + lane % 4 * 2;
-            sums.row_stride = ceil_div(N, 16) * 16, sums.token_stride = MT * 8, sums.groups = groups;
-            sums.load_rows();
-        }
-
+        if constexpr (C::grouped && C::programmatic) grid_dependency_wait();  // for the sums of the groups
+        const int row_tile = warpgroup * C::slabs * 4 + warp;  // in the tile, of slab 0
         Place<C::stages> stage;
         Place<C::weight_slots> slot;
-        for (int kb = 0; kb < KB; ++kb) {
-            Planes<C> planes;
-            barrier_wait<C::debug>(shared.weight_full(slot.index), slot.parity);
-            planes.load(shared.weight(slot.index) + row_tile * Shape::tile_bytes, lane);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared.weight_empty(slot.index));
-            slot.advance();
+        for (Place<2> buffer; tiles.any(); tiles.advance(), buffer.advance()) {
+            const int token0 = tiles.token0();
+            const int n = (tiles.row_tile0() + row_tile) * 16 + lane / 4;  // of slab 0
+            int acc[C::slabs][C::tokens / 2];
+            int accumulate = 0;
+            GroupSums<C> sums;
+            if constexpr (C::grouped) {
+#pragma unroll
+                for (int i = 0; i < C::tokens / 2; ++i) sums.total[i] = 0;
+                const int first = min(n, ceil_div(N, 16) * 16 - 16 + lane / 4);  // row tiles past the last one repeat it
+                sums.scale = w_scale + first, sums.zero = w_zero + first;
+                sums.token_sums = x_sum + token0 + lane % 4 * 2;
+                sums.row_stride = ceil_div(N, 16) * 16, sums.token_stride = MT * 8, sums.groups = groups;
+                sums.load_rows();
+            }
+
+            for (int kb = 0; kb < KB; ++kb) {
+                Planes<C> planes;
+                barrier_wait<C::debug>(shared.weight_full(slot.index), slot.parity);
+                planes.load(shared.weight(slot.index) + row_tile * Shape::tile_bytes, lane);
+                __syncwarp();
+                if (lane == 0) barrier_arrive(shared.weight_empty(slot.index));
+                slot.advance();
 
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {  // 32 columns each
-                if constexpr (C::grouped) {
-                    if (i % GroupSums<C>::span == 0) sums.load_tokens();
-                }
-                if (i % C::stage_steps == 0) barrier_wait<C::debug>(shared.x_full(stage.index), stage.parity);
-                const unsigned long long b = core_matrices(
-                    shared.x(stage.index) + i % C::stage_steps * 2 * Shape::chunk_bytes, Shape::chunk_bytes, 128);
+                for (int i = 0; i < 8; ++i) {  // 32 columns each
+                    if constexpr (C::grouped) {
+                        if (i % GroupSums<C>::span == 0) sums.load_tokens();
+                    }
+                    if (i % C::stage_steps == 0) barrier_wait<C::debug>(shared.x_full(stage.index), stage.parity);
+                    const unsigned long long b = core_matrices(
+                        shared.x(stage.index) + i % C::stage_steps * 2 * Shape::chunk_bytes, Shape::chunk_bytes, 128);
 #pragma unroll
-                for (int slab = 0; slab < C::slabs; ++slab) {
-                    unsigned a[4];
+                    for (int slab = 0; slab < C::slabs; ++slab) {
+                        unsigned a[4];
 #pragma unroll
-                    for (int r = 0; r < 4; ++r) a[r] = codes_of_step(planes.words[slab][r], i);
-                    wgmma_fence();
-                    Wgmma<C::tokens>::u8(acc[slab], a, b, accumulate);
-                    wgmma_commit();
-                    wgmma_wait<1>();  // all but this one: the stage before is free
-                    if (i > 0 && i % C::stage_steps == 0 && slab == 0) shared.release_x(stage.previous(), lane);
-                }
-                if (i == 7) {
-                    wgmma_wait<0>();  // nothing runs across the loop's back edge: see wgmma_wait
-                    shared.release_x(stage.index, lane);
-                }
-                if (i % C::stage_steps == C::stage_steps - 1) stage.advance();
-
-                if constexpr (C::grouped) {
+                        for (int r = 0; r < 4; ++r) a[r] = codes_of_step(planes.words[slab][r], i);
+                        wgmma_fence();
+                        Wgmma<C::tokens>::u8(acc[slab], a, b, accumulate);
+                        wgmma_commit();
+                        wgmma_wait<1>();  // all but this one: the stage before is free
+                        if (i > 0 && i % C::stage_steps == 0 && slab == 0) shared.release_x(stage.previous(), lane);
+                    }
                     accumulate = 1;
-                    if ((i + 1) % GroupSums<C>::span == 0) {
-                        wgmma_wait<0>();
-                        wgmma_fence_registers(acc[0]);
-                        const bool ends = (8 * kb + i + 1) % C::group_words == 0 || (kb == KB - 1 && i == 7);
-                        if (ends && sums.group < groups) {
-                            sums.add(acc[0]);
-                            accumulate = 0;
+                    if (i == 7) {
+                        wgmma_wait<0>();  // nothing runs across the loop's back edge: see wgmma_wait
+                        shared.release_x(stage.index, lane);
+                    }
+                    if (i % C::stage_steps == C::stage_steps - 1) stage.advance();
+
+                    if constexpr (C::grouped) {
+                        if ((i + 1) % GroupSums<C>::span == 0) {
+                            wgmma_wait<0>();
+                            wgmma_fence_registers(acc[0]);
+                            const bool ends = (8 * kb + i + 1) % C::group_words == 0 || (kb == KB - 1 && i == 7);
+                            if (ends && sums.group < groups) {
+                                sums.add(acc[0]);
+                                accumulate = 0;
+                            }
                         }
                     }
                 }
             }
-        }
 #pragma unroll
-        for (int slab = 0; slab < C::slabs; ++slab) wgmma_fence_registers(acc[slab]);
+            for (int slab = 0; slab < C::slabs; ++slab) wgmma_fence_registers(acc[slab]);
 
-        const unsigned out = shared.template finish<T>();
-        if constexpr (C::grouped) {
-            float offsets[2], biases[2];
+            barrier_wait<C::debug>(shared.tokens_full(buffer.index), buffer.parity);
+            const unsigned out = shared.template out<T>();
+            if constexpr (C::grouped) {
+                float offsets[2], biases[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                offsets[i] = __ldg(w_centered + min(n + 8 * i, N - 1));
-                biases[i] = bias ? __ldg(bias + min(n + 8 * i, N - 1)) : 0;
-            }
-            write_out<C::tokens>(out, y, token0, n - lane / 4 - warp * 16, M, N, [&](int j, float(&results)[4]) {
-                const int2 scale = load_shared_2(shared.token_data(j, lane));
-                const int2 zero = load_shared_2(shared.token_data(j, lane) + C::tokens * 4);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float scale_i = __int_as_float(i % 2 ? scale.y : scale.x);
-                    const int zero_i = i % 2 ? zero.y : zero.x;
-                    results[i] = output_grouped(sums.total[4 * j + i], offsets[i / 2], zero_i, scale_i) + biases[i / 2];
+                for (int i = 0; i < 2; ++i) {
+                    offsets[i] = __ldg(w_centered + min(n + 8 * i, N - 1));
+                    biases[i] = bias ? __ldg(bias + min(n + 8 * i, N - 1)) : 0;
                 }
-            });
-        } else {
+                write_out<C::tokens>(out, y, token0, n - lane / 4 - warp * 16, M, N, [&](int j, float(&results)[4]) {
+                    const unsigned data = shared.token_data(buffer.index, j, lane);
+                    const int2 scale = load_shared_2(data);
+                    const int2 zero = load_shared_2(data + C::tokens * 4);
 #pragma unroll
-            for (int slab = 0; slab < C::slabs; ++slab) {
-                const int n0 = n + slab * 64;
-                const Row rows[2] = {{n0, w_scale, w_zero, w_centered, bias, N}, {n0 + 8, w_scale, w_zero, w_centered, bias, N}};
-                write_out<C::tokens>(out, y, token0, n0 - lane / 4 - warp * 16, M, N, [&](int j, float(&results)[4]) {
-                    const int(&d)[C::tokens / 2] = acc[slab];
-                    const int products[4] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
-                    per_channel<C::tokens>(results, products, rows, shared.token_data(j, lane));
+                    for (int i = 0; i < 4; ++i) {
+                        const float scale_i = __int_as_float(i % 2 ? scale.y : scale.x);
+                        const int zero_i = i % 2 ? zero.y : zero.x;
+                        results[i] = output_grouped(sums.total[4 * j + i], offsets[i / 2], zero_i, scale_i) + biases[i / 2];
+                    }
                 });
+            } else {
+#pragma unroll
+                for (int slab = 0; slab < C::slabs; ++slab) {
+                    const int n0 = n + slab * 64;
+                    const Row rows[2] = {{n0, w_scale, w_zero, w_centered, bias, N},
+                                         {n0 + 8, w_scale, w_zero, w_centered, bias, N}};
+                    write_out<C::tokens>(out, y, token0, n0 - lane / 4 - warp * 16, M, N, [&](int j, float(&results)[4]) {
+                        const int(&d)[C::tokens / 2] = acc[slab];
+                        const int products[4] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
+                        per_channel<C::tokens>(results, products, rows, shared.token_data(buffer.index, j, lane));
+                    });
+                }
             }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared.tokens_empty(buffer.index));
         }
     }
 }

@@ -63,47 +63,52 @@ __global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident)
     extern __shared__ __align__(128) unsigned char dynamic_shared[];
     const Shared<C, Shape> shared{shared_address(dynamic_shared)};
     const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int row_tile0 = blockIdx.x * Shape::row_tiles, token0 = blockIdx.y * C::tokens;
+    Tiles<C, Shape> tiles(M, N);
 
     shared.init_together();
     if (warpgroup == C::consumers) {
-        produce<2 * C::x_planes>(shared, weight, x, x_scale, x_zero, x_sum, row_tile0, token0, N, KB, MT);
+        produce<2 * C::x_planes>(shared, tiles, weight, x, x_scale, x_zero, x_sum, N, KB, MT);
     } else {
         if constexpr (Shape::deals_registers) registers_raise<Shape::consumer_registers>();
         BinaryProducts<C> products;
         constexpr int sets = BinaryProducts<C>::sets;
-#pragma unroll
-        for (int s = 0; s < sets; ++s) {
-#pragma unroll
-            for (int i = 0; i < C::tokens / 2; ++i) products.acc[s][i] = 0;
-        }
         const int row_tile = warpgroup * 4 + warp;
-        for (int kb = 0; kb < KB;) {
-            unsigned a[2][C::planes][4];
-            products.add_block(a[0], shared, row_tile, lane);
-            if (++kb < KB) {
-                products.add_block(a[1], shared, row_tile, lane);
-                wgmma_wait<1>();
-                products.release(shared, lane);
-                ++kb;
-            }
-            wgmma_wait<0>();  // nothing runs across the loop's back edge: see wgmma_wait
-            products.release(shared, lane);
-        }
-#pragma unroll
-        for (int s = 0; s < sets; ++s) wgmma_fence_registers(products.acc[s]);
-
-        const unsigned out = shared.template finish<T>();
-        const int n0 = row_tile0 * 16 + warpgroup * 64, n = n0 + warp * 16 + lane / 4;
-        const Row rows[2] = {{n, w_scale, w_zero, w_centered_sum, bias, N}, {n + 8, w_scale, w_zero, w_centered_sum, bias, N}};
-        write_out<C::tokens>(out, y, token0, n0, M, N, [&](int j, float(&results)[4]) {
-            int sums[4] = {0, 0, 0, 0};
+        for (Place<2> buffer; tiles.any(); tiles.advance(), buffer.advance()) {
 #pragma unroll
             for (int s = 0; s < sets; ++s) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sums[i] += products.acc[s][4 * j + i] << s;
+                for (int i = 0; i < C::tokens / 2; ++i) products.acc[s][i] = 0;
             }
-            per_channel<C::tokens>(results, sums, rows, shared.token_data(j, lane));
-        });
+            for (int kb = 0; kb < KB;) {
+                unsigned a[2][C::planes][4];
+                products.add_block(a[0], shared, row_tile, lane);
+                if (++kb < KB) {
+                    products.add_block(a[1], shared, row_tile, lane);
+                    wgmma_wait<1>();
+                    products.release(shared, lane);
+                    ++kb;
+                }
+                wgmma_wait<0>();  // nothing runs across the loop's back edge: see wgmma_wait
+                products.release(shared, lane);
+            }
+#pragma unroll
+            for (int s = 0; s < sets; ++s) wgmma_fence_registers(products.acc[s]);
+
+            barrier_wait<C::debug>(shared.tokens_full(buffer.index), buffer.parity);
+            const int n0 = tiles.row_tile0() * 16 + warpgroup * 64, n = n0 + warp * 16 + lane / 4;
+            const Row rows[2] = {{n, w_scale, w_zero, w_centered_sum, bias, N},
+                                 {n + 8, w_scale, w_zero, w_centered_sum, bias, N}};
+            write_out<C::tokens>(shared.template out<T>(), y, tiles.token0(), n0, M, N, [&](int j, float(&results)[4]) {
+                int sums[4] = {0, 0, 0, 0};
+#pragma unroll
+                for (int s = 0; s < sets; ++s) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sums[i] += products.acc[s][4 * j + i] << s;
+                }
+                per_channel<C::tokens>(results, sums, rows, shared.token_data(buffer.index, j, lane));
+            });
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared.tokens_empty(buffer.index));
+        }
     }
 }

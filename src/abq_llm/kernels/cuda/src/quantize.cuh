@@ -8,6 +8,7 @@
 //               2  plane bytes uchar [KB][bits][2][tiles][8][16]
 //   C::bits     1..8, or 16: signed, with a scale for every block of 256 columns (layout 0 only)
 //   C::held     k-blocks of a warp
+//   C::whole    there are no columns but those of x, and every warp has C::held k-blocks
 #pragma once
 
 #include "codes.cuh"
@@ -48,7 +49,7 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
     // Bytes: neighbours in one lane; planes: neighbours in neighbouring lanes
     auto source = [&](int b, int h) {
         const int column = C::layout == 1 ? 8 * lane + 4 * h : fragment_column(lane, h);
-        return quad_source<C::group_size, C::group_padded>(256 * (b * warps + warp) + column, columns);
+        return quad_source<C::group_size, C::group_padded, C::whole>(256 * (b * warps + warp) + column, columns);
     };
     Quad<T> quad[C::held][2], second[C::prologue ? C::held : 1][2];
 #pragma unroll
@@ -89,36 +90,36 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
 
     Grid grid{};
     if constexpr (C::bits < 16) {
-        float lo = 0, hi = 0;
+        Range<T> range;
 #pragma unroll
         for (int b = 0; b < C::held; b++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float value[4];
-                values(value, b, h);
+                if constexpr (C::prologue == 0) {
+                    range.add(quad[b][h]);
+                } else {
+                    float value[4];
+                    values(value, b, h);
+                    Quad<T> rounded{};
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    lo = fminf(lo, value[i]);
-                    hi = fmaxf(hi, value[i]);
+                    for (int i = 0; i < 4; i++) rounded.set(i, from_float<T>(value[i]));  // exact: a prologue ends in T
+                    range.add(rounded);
                 }
             }
-        warp_range(lo, hi);
+        const float bottom = warp_max(range.lo()), top = warp_max(range.hi());
         if (lane == 0) {
-            lows[warp] = lo;
-            highs[warp] = hi;
+            lows[warp] = bottom;
+            highs[warp] = top;
         }
         __syncthreads();
-        lo = lane < warps ? lows[lane] : 0;
-        hi = lane < warps ? highs[lane] : 0;
-        warp_range(lo, hi);
-        grid = choose_grid<C::bits, C::symmetric>(lo, hi);
+        grid = choose_grid<C::bits, C::symmetric>(-warp_max(lows[lane % warps]), warp_max(highs[lane % warps]));
     }
 
     int sum = 0;
 #pragma unroll
     for (int b = 0; b < C::held; b++) {
         const int kb = b * warps + warp;
-        if (kb >= k_blocks) break;
+        if (!C::whole && kb >= k_blocks) break;
         float value[2][4];
         values(value[0], b, 0);
         values(value[1], b, 1);

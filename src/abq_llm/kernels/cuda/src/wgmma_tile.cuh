@@ -1,11 +1,12 @@
 // What the two Hopper products share: the block's tile in shared memory, who fills it, and how results leave it.
 //
-//   y[tokens, rows] of one block:  `consumers` warpgroups, each `slabs` x 64 rows, all on the same tokens
-//   shared memory:  | barriers | token data | stages of x ... | slots of weight planes ... |
-//                                           | results on their way out (over both)         |
+//   y[tokens, rows] of one tile:  `consumers` warpgroups, each `slabs` x 64 rows, all on the same tokens
+//   shared memory:  | barriers | data of tokens, twice | stages of x ... | slots of weight planes ... | results on their way out |
 //
 // One more warpgroup produces: its first warp copies x into a ring of stages, its second the weights into a ring of slots
 // (one slot is a k-block of 256 columns). Every piece is contiguous in global memory, so that plain bulk copies do.
+//
+// A block does tile after tile; while its consumers write the results of one, the producers fetch the next.
 #pragma once
 #include "epilogue.cuh"
 #include "wgmma.cuh"
@@ -23,10 +24,12 @@ template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
     static constexpr int tile_bytes = C::planes * 512;  // of one row tile's weights
     static constexpr int slot_bytes = row_tiles * tile_bytes;
 
-    static constexpr int barrier_bytes = 256;
+    static constexpr int barrier_bytes = 384;
     static constexpr int token_words = C::grouped ? 2 : 3;  // scale, zero point, sum
-    static constexpr int x_offset = ceil_div(barrier_bytes + 3 * C::tokens * 4, 128) * 128;
+    static constexpr int token_bytes = 3 * C::tokens * 4;
+    static constexpr int x_offset = ceil_div(barrier_bytes + 2 * token_bytes, 128) * 128;
     static constexpr int weight_offset = x_offset + C::stages * stage_bytes;
+    static constexpr int out_offset = weight_offset + C::weight_slots * slot_bytes;
 
     // Registers of a thread: what all start with, and what producers leave to consumers
     static constexpr int registers = 65536 / C::resident / threads / 8 * 8;
@@ -35,13 +38,14 @@ template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
     static constexpr int consumer_registers = left_registers < 240 ? left_registers : 240;
     static constexpr bool deals_registers = registers < consumer_registers;
 
-    static_assert(C::tokens % 8 == 0 && chunks_per_block % chunks_per_stage == 0);
-    static_assert((2 * (C::stages + C::weight_slots) + 1) * 8 <= barrier_bytes);
+    static_assert(C::tokens % 16 == 0 && chunks_per_block % chunks_per_stage == 0);
+    static_assert((2 * (C::stages + C::weight_slots) + 4) * 8 <= barrier_bytes);
     static_assert(row_tiles <= 32 && chunks_per_stage <= 32, "one lane copies one piece");
 };
 
 // Bytes from one token's 64 results to the next one's in shared memory; 16 more than they take, against bank conflicts
 template <class T> constexpr int out_pitch = 64 * sizeof(T) + 16;
+constexpr int out_tokens = 16;  // whose results of 64 rows are on their way at a time; there is room for twice as many
 
 // A place in a ring of `size` buffers, each with a barrier "full" and one "empty", and the parity of its present round
 template <int size> struct Place {
@@ -59,9 +63,10 @@ template <class C, class Shape> struct Shared {
     __device__ unsigned x_empty(int stage) const { return x_full(C::stages + stage); }
     __device__ unsigned weight_full(int slot) const { return x_full(2 * C::stages + slot); }
     __device__ unsigned weight_empty(int slot) const { return weight_full(C::weight_slots + slot); }
-    __device__ unsigned tokens_full() const { return weight_full(2 * C::weight_slots); }
-    __device__ unsigned token_data() const { return base + Shape::barrier_bytes; }
-    __device__ unsigned token_data(int j, int lane) const { return token_data() + j * 32 + lane % 4 * 8; }
+    __device__ unsigned tokens_full(int buffer) const { return weight_full(2 * C::weight_slots + buffer); }
+    __device__ unsigned tokens_empty(int buffer) const { return tokens_full(2 + buffer); }
+    __device__ unsigned token_data(int buffer) const { return base + Shape::barrier_bytes + buffer * Shape::token_bytes; }
+    __device__ unsigned token_data(int buffer, int j, int lane) const { return token_data(buffer) + j * 32 + lane % 4 * 8; }
     __device__ unsigned x(int stage) const { return base + Shape::x_offset + stage * Shape::stage_bytes; }
     __device__ unsigned weight(int slot) const { return base + Shape::weight_offset + slot * Shape::slot_bytes; }
 
@@ -75,7 +80,10 @@ template <class C, class Shape> struct Shared {
             barrier_init(weight_full(i), 1);
             barrier_init(weight_empty(i), consumer_warps);
         }
-        barrier_init(tokens_full(), 1);
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(tokens_full(i), 1);
+            barrier_init(tokens_empty(i), consumer_warps);
+        }
         barrier_init_fence();
     }
 
@@ -84,12 +92,9 @@ template <class C, class Shape> struct Shared {
         __syncthreads();
     }
 
-    // By all consumers: the token data are there, and the stages and slots are read and free to become the way out; returns
-    // this warpgroup's part of them.
-    template <class T> __device__ unsigned finish() const {
-        named_barrier(1, Shape::consumer_threads);
-        barrier_wait<C::debug>(tokens_full(), 0);
-        return x(0) + threadIdx.x / 128 * C::tokens * out_pitch<T>;
+    // Where this warpgroup's results are on their way out
+    template <class T> __device__ unsigned out() const {
+        return base + Shape::out_offset + threadIdx.x / 128 * 2 * out_tokens * out_pitch<T>;
     }
 
     // A warp has done with a stage.
@@ -98,11 +103,22 @@ template <class C, class Shape> struct Shared {
     }
 };
 
-// The products over the whole of K end after KB k-blocks; `chunk_stride` bytes lie between chunks in global memory.
+// The tiles of y of this block, one after the other: first all rows of the first tokens
+template <class C, class Shape> struct Tiles {
+    int index, row_blocks, count;
+    __device__ Tiles(int M, int N) : index(blockIdx.x), row_blocks(ceil_div(N, Shape::rows)) {
+        count = row_blocks * ceil_div(M, C::tokens);
+    }
+    __device__ bool any() const { return index < count; }
+    __device__ void advance() { index += gridDim.x; }
+    __device__ int row_tile0() const { return index % row_blocks * Shape::row_tiles; }
+    __device__ int token0() const { return index / row_blocks * C::tokens; }
+};
+
+// x of one tile: KB k-blocks from `x` on; `chunk_stride` bytes lie between chunks in global memory.
 template <class C, class Shape, int chunks_per_stage>
-__device__ inline void produce_x(const Shared<C, Shape>& shared, const unsigned char* x, size_t chunk_stride, int KB,
-                                 int lane) {
-    Place<C::stages> place;
+__device__ inline void produce_x(const Shared<C, Shape>& shared, Place<C::stages>& place, const unsigned char* x,
+                                 size_t chunk_stride, int KB, int lane) {
     for (int stage = 0; stage < KB * Shape::stages_per_block; ++stage) {
         const unsigned full = shared.x_full(place.index);
         barrier_wait<C::debug>(shared.x_empty(place.index), place.parity ^ 1);
@@ -118,12 +134,11 @@ __device__ inline void produce_x(const Shared<C, Shape>& shared, const unsigned 
 }
 
 template <class C, class Shape>
-__device__ inline void produce_weights(const Shared<C, Shape>& shared, const uint4* weight, int row_tile, int N, int KB,
-                                       int lane) {
+__device__ inline void produce_weights(const Shared<C, Shape>& shared, Place<C::weight_slots>& place, const uint4* weight,
+                                       int row_tile, int N, int KB, int lane) {
     // Row tiles past the last one repeat it: their results are not stored.
     const int tile = min(row_tile + lane, ceil_div(N, 16) - 1);
     const uint4* from = weight + size_t(tile) * KB * C::planes * 32;
-    Place<C::weight_slots> place;
     for (int kb = 0; kb < KB; ++kb) {
         const unsigned full = shared.weight_full(place.index);
         barrier_wait<C::debug>(shared.weight_empty(place.index), place.parity ^ 1);
@@ -139,32 +154,38 @@ __device__ inline void produce_weights(const Shared<C, Shape>& shared, const uin
 
 // scale, zero point and sum of the tile's tokens, to shared memory
 template <class C, class Shape>
-__device__ inline void produce_token_data(const Shared<C, Shape>& shared, const float* scale, const int* zero,
-                                          const int* sum, int token0) {
+__device__ inline void produce_token_data(const Shared<C, Shape>& shared, const Place<2>& place, const float* scale,
+                                          const int* zero, const int* sum, int token0) {
     constexpr int bytes = C::tokens * 4;
-    const unsigned to = shared.token_data();
-    barrier_arrive_expecting(shared.tokens_full(), Shape::token_words * bytes);
-    bulk_copy(to, scale + token0, bytes, shared.tokens_full());
-    bulk_copy(to + bytes, zero + token0, bytes, shared.tokens_full());
-    if constexpr (!C::grouped) bulk_copy(to + 2 * bytes, sum + token0, bytes, shared.tokens_full());
+    const unsigned to = shared.token_data(place.index), full = shared.tokens_full(place.index);
+    barrier_wait<C::debug>(shared.tokens_empty(place.index), place.parity ^ 1);
+    barrier_arrive_expecting(full, Shape::token_words * bytes);
+    bulk_copy(to, scale + token0, bytes, full);
+    bulk_copy(to + bytes, zero + token0, bytes, full);
+    if constexpr (!C::grouped) bulk_copy(to + 2 * bytes, sum + token0, bytes, full);
 }
 
 // All that the producing warpgroup does
 template <int chunks_per_stage, class C, class Shape>
-__device__ inline void produce(const Shared<C, Shape>& shared, const uint4* weight, const unsigned char* x,
-                               const float* x_scale, const int* x_zero, const int* x_sum, int row_tile0, int token0, int N,
-                               int KB, int MT) {
+__device__ inline void produce(const Shared<C, Shape>& shared, Tiles<C, Shape> tiles, const uint4* weight,
+                               const unsigned char* x, const float* x_scale, const int* x_zero, const int* x_sum, int N, int KB,
+                               int MT) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     if constexpr (Shape::deals_registers) registers_lower<Shape::producer_registers>();
     if constexpr (C::programmatic) grid_dependency_launch();
     if (warp == 0) {
         if constexpr (C::programmatic) grid_dependency_wait();
-        produce_x<C, Shape, chunks_per_stage>(shared, x + size_t(token0) * 16, size_t(MT) * 128, KB, lane);
+        for (Place<C::stages> place; tiles.any(); tiles.advance()) {
+            const unsigned char* from = x + size_t(tiles.token0()) * 16;
+            produce_x<C, Shape, chunks_per_stage>(shared, place, from, size_t(MT) * 128, KB, lane);
+        }
     } else if (warp == 1) {
-        produce_weights(shared, weight, row_tile0, N, KB, lane);
+        for (Place<C::weight_slots> place; tiles.any(); tiles.advance())
+            produce_weights(shared, place, weight, tiles.row_tile0(), N, KB, lane);
     } else if (warp == 2 && lane == 0) {
         if constexpr (C::programmatic) grid_dependency_wait();
-        produce_token_data(shared, x_scale, x_zero, x_sum, token0);
+        for (Place<2> place; tiles.any(); tiles.advance(), place.advance())
+            produce_token_data(shared, place, x_scale, x_zero, x_sum, tiles.token0());
     }
 }
 
@@ -233,19 +254,23 @@ __device__ inline void copy_out(unsigned from, int thread, T* y, int token0, int
 }
 
 // Writes 64 rows, from n0 on, of a warpgroup's results: value(j, y) gives those that this lane has of tokens 8j .. 8j+7.
-// `out` is the warpgroup's part of the shared memory that has been read.
+// They go by the warpgroup's `out` in shared memory, 16 tokens at a time.
 template <int tokens, class T, class Value>
 __device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0, int M, int N, Value value) {
     const int thread = threadIdx.x % 128, barrier = 2 + threadIdx.x / 128;
-    named_barrier(barrier, 128);  // the 64 rows before have left
+    named_barrier(barrier, 128);  // what was written before has left
 #pragma unroll
-    for (int j = 0; j < tokens / 8; ++j) {
-        float results[4];
-        value(j, results);
-        store_out<T>(out + thread / 32 * 16 * sizeof(T) + j * 8 * out_pitch<T>, thread % 32, results);
+    for (int piece = 0; piece < tokens / out_tokens; ++piece) {
+        const unsigned buffer = out + piece % 2 * out_tokens * out_pitch<T>;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float results[4];
+            value(2 * piece + half, results);
+            store_out<T>(buffer + thread / 32 * 16 * sizeof(T) + half * 8 * out_pitch<T>, thread % 32, results);
+        }
+        named_barrier(barrier, 128);
+        copy_out<out_tokens>(buffer, thread, y, token0 + piece * out_tokens, n0, M, N);
     }
-    named_barrier(barrier, 128);
-    copy_out<tokens>(out, thread, y, token0, n0, M, N);
 }
 
 // Per channel: what is known of one row n, and the result for one token

@@ -1,0 +1,118 @@
+// Per-token quantization for many tokens: one block of threads a tile of 8 tokens, each of them a warp's.
+//
+// `quantize` in quantize.cuh keeps a token in registers and writes its codes as they come, 16 bytes a line. Here the codes of
+// C::blocks k-blocks of all 8 tokens meet in shared memory and leave as whole lines of 128 bytes. A warp reads its token
+// twice, the second time from a cache.
+//
+//   C::layout   1  bytes, or 2  plane bytes: see quantize.cuh. Both are lines [k-block][line][tiles][8 tokens][16 bytes].
+#pragma once
+
+#include "quantize.cuh"
+
+template <class C> __global__ void __launch_bounds__(256) quantize_tiles(
+    const typename C::T* x, const typename C::T* other, float epsilon, unsigned char* codes, float* scales, int* zeros,
+    int* sums, int* group_sums, int tokens, int columns, int k_blocks, int tiles, int groups) {
+    using T = typename C::T;
+    constexpr int lines = C::layout == 1 ? 16 : 2 * C::bits;  // of a k-block
+    __shared__ __align__(16) unsigned char buffer[2][C::blocks][lines][8][16];
+    extern __shared__ int group_totals[];  // [8][groups], if they are asked for
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x, token = tile * 8 + warp;
+    const long long row = (long long)min(token, tokens - 1) * columns;  // tokens that are not there repeat the last one
+    if constexpr (C::group_sums)
+        for (int g = lane; g < groups; g += 32) group_totals[warp * groups + g] = 0;
+    grid_dependency_wait();
+    grid_dependency_launch();
+
+    auto source = [&](int kb, int h) {
+        const int column = C::layout == 1 ? 8 * lane + 4 * h : fragment_column(lane, h);
+        return quad_source<C::group_size, C::group_padded, false>(256 * kb + column, columns);
+    };
+    float inverse_rms = 1;
+    if constexpr (C::prologue == 1) {
+        float squares = 0;
+#pragma unroll 4
+        for (int kb = 0; kb < k_blocks; kb++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const QuadSource from = source(kb, h);
+                const Quad<T> quad = load_quad<T, C::aligned>(x + row, from);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (i < from.count) squares += quad.value(i) * quad.value(i);
+            }
+#pragma unroll
+        for (int other_lane = 16; other_lane > 0; other_lane /= 2) squares += __shfl_xor_sync(~0u, squares, other_lane);
+        inverse_rms = rsqrtf(squares / columns + epsilon);
+    }
+    auto values = [&](float (&value)[4], QuadSource from) {
+        const Quad<T> quad = load_quad<T, C::aligned>(x + row, from);
+        Quad<T> second{};
+        if constexpr (C::prologue == 1) second = load_quad<T, C::aligned>(other, from);
+        if constexpr (C::prologue == 2) second = load_quad<T, C::aligned>(other + row, from);
+        values_of<T, C::prologue>(value, quad, second, inverse_rms);
+    };
+
+    float lo = 0, hi = 0;
+#pragma unroll 4
+    for (int kb = 0; kb < k_blocks; kb++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float value[4];
+            values(value, source(kb, h));
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                lo = fminf(lo, value[i]);
+                hi = fmaxf(hi, value[i]);
+            }
+        }
+    const Grid grid = choose_grid<C::bits, C::symmetric>(-warp_max(lo), warp_max(hi));
+
+    int sum = 0, parity = 0;
+    for (int first = 0; first < k_blocks; first += C::blocks, parity ^= 1) {
+#pragma unroll
+        for (int b = 0; b < C::blocks; b++) {
+            const int kb = first + b;  // past the last one, all columns are outside
+            unsigned word[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float value[4];
+                values(value, source(kb, h));
+                word[h] = codes_of<C::bits>(value, source(kb, h), grid);
+            }
+            const int block_sum = sum_of_bytes(word[0], sum_of_bytes(word[1], 0));
+            sum += block_sum;
+            if constexpr (C::group_sums) {
+                const int group = (256 * kb + 8 * lane) / C::group_padded;
+                if (group < groups) atomicAdd(&group_totals[warp * groups + group], block_sum);
+            }
+            if constexpr (C::layout == 1) {
+                *reinterpret_cast<uint2*>(&buffer[parity][b][lane / 2][warp][lane % 2 * 8]) = make_uint2(word[0], word[1]);
+            } else {
+                const uint2 words = plane_fragment(word[0], word[1], lane);
+                const int plane = lane / 4, t = lane % 4;
+                if (plane < C::bits) {
+                    *reinterpret_cast<unsigned*>(&buffer[parity][b][2 * plane][warp][t * 4]) = words.x;
+                    *reinterpret_cast<unsigned*>(&buffer[parity][b][2 * plane + 1][warp][t * 4]) = words.y;
+                }
+            }
+        }
+        __syncthreads();
+        for (int piece = threadIdx.x; piece < C::blocks * lines * 8; piece += 256) {
+            const int line = first * lines + piece / 8;
+            if (line >= k_blocks * lines) break;
+            uint4* to = reinterpret_cast<uint4*>(codes) + ((long long)line * tiles + tile) * 8 + piece % 8;
+            *to = reinterpret_cast<const uint4*>(buffer[parity])[piece];
+        }
+    }
+    sum = __reduce_add_sync(~0u, sum);
+    if (lane == 0 && token < tokens) {
+        scales[token] = grid.scale;
+        zeros[token] = grid.zero;
+        sums[token] = sum;
+    }
+    if constexpr (C::group_sums) {
+        __syncthreads();
+        for (int at = threadIdx.x; at < 8 * groups; at += 256)
+            group_sums[(long long)(at / 8) * tiles * 8 + tile * 8 + at % 8] = group_totals[at % 8 * groups + at / 8];
+    }
+}
