@@ -13,7 +13,7 @@ from abq_llm.cli.tune import _problems, _what
 from abq_llm.errors import AbqError
 from abq_llm.kernels import cuda
 from abq_llm.kernels.cuda import jit, plan, tune
-from abq_llm.kernels.cuda.plan import Gpu
+from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
 from abq_llm.scheme import Scheme
 from tests.cli.test_cli import abq, assert_refused, report

@@ -32,7 +32,8 @@ from abq_llm.errors import AbqError
 if TYPE_CHECKING:
     import torch
 
-    from abq_llm.kernels.cuda.plan import Gpu, Plan
+    from abq_llm.kernels.cuda.gpus import Gpu
+    from abq_llm.kernels.cuda.plan import Plan
     from abq_llm.kernels.cuda.problem import Problem
     from abq_llm.scheme import Scheme
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, jit, launch, plan
-from abq_llm.kernels.cuda.plan import Gpu
+from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
 from tests.kernels.cuda.sass import sass
 
@@ -54,15 +54,14 @@ def has(found, start):
 
 
 def decode_constants(tile, shape, dtype=HALF):
-    return decode.constants(tile, shape, activations.TYPE_NAMES[dtype])
+    return decode.constants(tile, shape, activations.TYPE_NAMES[dtype], shape.in_fours, 132)
 
 
 @pytest.mark.parametrize("planes", range(1, 10))
 def test_decode(planes):
     """Fused and not: binary products, and registers for everything."""
-    one, two = problem(1, planes), problem(2, planes)
-    for shape, fused in ((one, True), (two, False)):
-        tile = decode.choose(shape, GPUS["sm_90a"].sms)
+    for shape, fused in ((problem(1, planes), True), (problem(4, planes), True), (problem(8, planes), False)):
+        tile = decode.choose(shape, GPUS["sm_90a"].sms, GPUS["sm_90a"].shared_limit)
         assert tile.fused == fused
         found = instructions(compiled("decode", decode_constants(tile, shape), "sm_90a"))
         assert has(found, "BMMA.168256.AND.POPC") and not has(found, "IMMA")
@@ -74,7 +73,10 @@ def test_decode(planes):
 def test_decode_on_every_architecture(arch, planes):
     shapes = [problem(1, planes), problem(1, planes, group_size=64), problem(4, planes, bits=16)]
     shapes = [replace(shape, k=1536) for shape in shapes]  # compiled faster
-    cubins = [compiled("decode", decode_constants(decode.choose(s, GPUS[arch].sms), s), arch) for s in shapes]
+    cubins = [
+        compiled("decode", decode_constants(decode.choose(s, GPUS[arch].sms, GPUS[arch].shared_limit), s), arch)
+        for s in shapes
+    ]
     native = has(instructions(cubins[0 if planes == 2 else 2]), "BMMA.168256.AND.POPC")
     assert native == GPUS[arch].has_binary  # elsewhere it is emulated
 
@@ -88,7 +90,7 @@ def test_decode_of_other_tiles_and_dtypes():
         (problem(1, 3, bits=16, group_size=33), float32),
     ):
         shape = replace(shape, k=1536)
-        for tile in decode.candidates(shape)[::60]:
+        for tile in decode.candidates(shape, 132, 227 * KIB)[::60]:
             compiled("decode", decode_constants(tile, shape, dtype), "sm_90a")
 
 
@@ -119,9 +121,20 @@ def test_quantize(arch, launched):
     activations.quantize(x, grouped, activations.BYTES, group_sums=True, prologue=rms_norm, other=x[0])
     activations.quantize(x.bfloat16(), shape, activations.BYTES, prologue=silu_mul, other=x)
     activations.quantize(x.float(), replace(problem(3, 2, bits=3), symmetric=True), activations.PLANE_BYTES)
-    assert len({str(constants) for _, constants in launched}) == 5
+    assert {stem for stem, _ in launched} == {"quantize"} and len({str(constants) for _, constants in launched}) == 5
     for stem, constants in launched:
-        assert stem == "quantize"
+        compiled(stem, constants, arch)
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_quantize_many_tokens(arch, launched):
+    x, shape = torch.zeros(1024, 4096, dtype=HALF), problem(1024, 2)
+    grouped = problem(1024, 2, bits=5, group_size=33)
+    activations.quantize(x, shape, activations.BYTES)
+    activations.quantize(x, grouped, activations.BYTES, group_sums=True, prologue=activations.RMS_NORM, other=x[0])
+    activations.quantize(x.bfloat16(), problem(1024, 2, bits=2), activations.PLANE_BYTES)
+    assert {stem for stem, _ in launched} == {"quantize_tiles"}
+    for stem, constants in launched:
         compiled(stem, constants, arch)
 
 

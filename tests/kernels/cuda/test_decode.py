@@ -5,7 +5,7 @@ import pytest
 from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, plan
 from abq_llm.kernels.cuda.activations import columns_per_token
-from abq_llm.kernels.cuda.plan import Gpu
+from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
 from abq_llm.scheme import Scheme
 
@@ -17,6 +17,7 @@ GPUS = {
     100: Gpu(100, 148, 227 * 1024),
     120: Gpu(120, 170, 99 * 1024),
 }
+SMS, LIMIT = GPUS[90].sms, GPUS[90].shared_limit
 SCHEMES = ["W1A1", "W2A2", "W2*A8", "W3A5", "W8A8", "W8*A8", "W4A8g128", "W2A8g33", "W8*A4g32", "W1A16", "W4A16g32"]
 COLUMNS = [1, 256, 1000, 4096, 11008, 28672, 100_000]
 TOKENS = [1, 2, 7, 8, 16, 33, 64, 2048]
@@ -39,24 +40,30 @@ def name(value):
 
 def check_decode(tile, shape):
     """What the kernel takes for granted of its Config."""
-    config = decode.constants(tile, shape, "half_t")
+    config = decode.constants(tile, shape, "half_t", True, SMS)
     columns, tiles, x_blocks = config["columns"], config["tiles"], config["x_blocks"]
+    tokens, threads = 8 * tiles // columns, 32 * tile.warps
     assert columns >= min(shape.bits, 16) and columns in (2, 4, 8, 16)
     assert tiles in (1, 2, 4, 8, 16) and 8 * tiles % columns == 0  # whole tokens
     assert columns != 16 or tiles % 2 == 0  # a token of 16 bits takes two tiles
 
-    # every warp's share of the columns, in whole rounds of its queue
-    assert x_blocks % tile.depth == 0
-    assert x_blocks * tile.warps >= shape.k_blocks > (x_blocks - tile.depth) * tile.warps
+    # every warp's share of the columns; a pass has a thread for every output, or is of one tile
+    assert x_blocks * tile.warps >= shape.k_blocks > (x_blocks - 1) * tile.warps
+    assert config["pass"] == 1 or config["pass"] * tokens * 16 <= threads
+    assert config["refill"] or tile.rounds(shape, SMS) * x_blocks <= tile.stages
+    assert config["whole"] == (shape.k == 256 * tile.warps * x_blocks and shape.group_size == shape.group_padded)
 
     # what an SM and a block may have
-    threads = 32 * tile.warps
     assert threads <= 1024 and threads * tile.blocks_per_sm <= 2048
     assert decode.registers(tile, shape) <= 255
     assert decode.registers(tile, shape) * threads * tile.blocks_per_sm <= 65536
-    assert 2 * tile.warps * (8 * tiles // columns) * 16 * 4 <= 47 * 1024  # static: the kernel's `partial`
+    partial = 2 * config["pass"] * tile.warps * tokens * 16 * 4
+    ranges = tokens * (8 * tile.warps + 16) if tile.fused else 16 * tokens
+    assert partial + ranges <= 48 * 1024  # static
+    assert tile.blocks_per_sm * (decode.shared_bytes(tile, shape) + partial + ranges + 1024) <= LIMIT + 1024
+    assert config["queue_bytes"] * tile.warps == decode.shared_bytes(tile, shape)
 
-    assert not tile.fused or (shape.m == 1 and shape.bits <= 8 and tiles == 1 and columns == 8)
+    assert not tile.fused or (shape.m <= 4 and shape.bits <= 8 and (shape.m > 1 or columns == 8))
     assert config["in_floats"] == (shape.group_size > 0 or shape.bits == 16)
     assert config["Sum"] == ("float" if config["in_floats"] else "int")
 
@@ -66,11 +73,11 @@ def test_tiles_are_what_the_kernel_can_do(scheme):
     for k in COLUMNS:
         for m in TOKENS:
             shape = problem(m, scheme, k=k)
-            found = decode.candidates(shape)
+            found = decode.candidates(shape, SMS, LIMIT)
             assert len(set(found)) == len(found)
             for tile in found:
                 check_decode(tile, shape)
-            chosen = decode.choose(shape, 132)
+            chosen = decode.choose(shape, SMS, LIMIT)
             assert chosen in found if found else chosen is None, name(shape)
             assert found or k > 28672, name(shape)  # up to there, there is always one
 
@@ -80,23 +87,23 @@ def test_one_block_does_all_of_few_tokens(scheme):
     """The planes of W are read once for as many tokens as registers allow."""
     for m in (1, 2, 4, 8):
         shape = problem(m, scheme)
-        (tiles,) = {tile.tiles for tile in decode.candidates(shape)}
+        (tiles,) = {tile.tiles for tile in decode.candidates(shape, SMS, LIMIT)}
         if not shape.group_size and shape.bits < 16:
             assert 8 * tiles >= m * columns_per_token(shape.bits) > 8 * tiles // 2 - 8
 
 
 def test_one_token_is_quantized_where_it_is_used():
     for bits in (1, 2, 4, 8):
-        assert decode.choose(problem(1, f"W2A{bits}"), 132).fused
-        assert not decode.choose(problem(2, f"W2A{bits}"), 132).fused
-        both = {tile.fused for tile in decode.candidates(problem(1, f"W2A{bits}"))}
-        assert both == {True, False}
-    assert not decode.choose(problem(1, "W2A16"), 132).fused  # it has a scale for every k-block
+        for m, choices in ((1, {True}), (2, {True, False}), (4, {True, False}), (5, {False})):
+            shape = problem(m, f"W2A{bits}")
+            assert {tile.fused for tile in decode.candidates(shape, SMS, LIMIT)} == choices
+            assert decode.choose(shape, SMS, LIMIT).fused == (m < 5)
+    assert not decode.choose(problem(1, "W2A16"), SMS, LIMIT).fused  # it has a scale for every k-block
 
 
 def test_activations_of_too_many_columns_fit_no_register_file():
-    assert decode.choose(problem(1, "W2A8", k=2**20), 132) is None
-    assert decode.candidates(problem(1, "W2A8", k=2**20)) == []
+    assert decode.choose(problem(1, "W2A8", k=2**20), SMS, LIMIT) is None
+    assert decode.candidates(problem(1, "W2A8", k=2**20), SMS, LIMIT) == []
 
 
 def test_registers_grow_with_what_is_kept_in_them():
@@ -104,7 +111,6 @@ def test_registers_grow_with_what_is_kept_in_them():
     tile = decode.Tile(1, 8, 2)
     least = decode.registers(tile, shape)
     for more, other in [
-        (decode.Tile(1, 8, 4), shape),
         (decode.Tile(1, 4, 2), shape),
         (decode.Tile(2, 8, 2), shape),
         (decode.Tile(1, 8, 2, fused=True), problem(1, "W4A8", k=28672)),
@@ -187,7 +193,7 @@ def check_plan(found, shape, gpu):
         assert isinstance(tile, gemm_wgmma.Tile) and gpu.has_wgmma and planes <= 8 and shape.bits <= 8
         binary = found.path == "wgmma_b1"
         assert found.path == "wgmma" or (binary and not grouped)
-        assert gemm_wgmma.shared_bytes(tile, planes, 4, shape.bits if binary else None) <= gpu.shared_limit  # fp32
+        assert gemm_wgmma.shared_bytes(tile, planes, shape.bits if binary else None) <= gpu.shared_limit
         assert tile.tokens <= (gemm_wgmma.GROUPED_TOKENS if grouped else 256)
 
 

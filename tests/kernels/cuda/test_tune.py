@@ -11,8 +11,9 @@ import torch
 
 from abq_llm.errors import AbqError
 from abq_llm.kernels import cuda
-from abq_llm.kernels.cuda import decode, gemm_mma, jit, launch, plan, tune
-from abq_llm.kernels.cuda.plan import Gpu, Plan
+from abq_llm.kernels.cuda import gemm_mma, jit, launch, plan, tune
+from abq_llm.kernels.cuda.gpus import Gpu, gpu
+from abq_llm.kernels.cuda.plan import Plan
 from abq_llm.kernels.cuda.problem import Problem
 from abq_llm.linear import buffer_layout
 from abq_llm.scheme import Scheme
@@ -351,8 +352,8 @@ def test_precompile_compiles_every_candidate_once(compiled, gpu):
     ("scheme", "m", "paths"),
     [
         ("W2A2", 1, {"decode", "mma"}),
-        ("W2A2", 40, {"mma", "wgmma", "wgmma_b1"}),
-        ("W3A4g128", 20, {"mma", "wgmma"}),
+        ("W2A2", 40, {"decode", "mma", "wgmma", "wgmma_b1"}),
+        ("W3A4g128", 20, {"decode", "mma", "wgmma"}),
         ("W4A16g48", 2, {"decode"}),
     ],
 )
@@ -371,10 +372,11 @@ def test_what_is_precompiled_is_what_a_run_loads(monkeypatch, scheme, m, paths):
     monkeypatch.setattr(launch, "launch", lambda *args, **options: None)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
-    facts = SimpleNamespace(multi_processor_count=H100.sms, shared_memory_per_block_optin=H100.shared_limit)
+    limits = {"multi_processor_count": H100.sms, "shared_memory_per_block_optin": H100.shared_limit}
+    facts = SimpleNamespace(major=9, minor=0, **limits)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
     monkeypatch.setattr(gemm_mma, "_arrivals", lambda index, stream: torch.zeros(1 << 16))
-    caches = gemm_mma._kernel, gemm_mma._device_limits, decode._sms
+    caches = gemm_mma._kernel, gpu
     parsed = Scheme.parse(scheme)
     layout = buffer_layout(wanted.k, wanted.n, parsed, torch.float16).values()
     weight = cuda.prepare([torch.zeros(shape, dtype=dtype) for shape, dtype in layout], parsed, wanted.k)

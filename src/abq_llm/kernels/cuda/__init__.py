@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, plan, tune
+from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.layout import prepare as prepare
-from abq_llm.kernels.cuda.plan import Gpu, Plan
+from abq_llm.kernels.cuda.plan import Plan
 from abq_llm.kernels.cuda.problem import Problem
 from abq_llm.scheme import Scheme
 
@@ -63,13 +64,6 @@ def _plan(problem: Problem, index: int) -> Plan:
     """The plan that `abq tune` found on this kind of GPU, or else the heuristic's."""
     place = gpu(index)
     return tune.lookup(problem, torch.cuda.get_device_name(index), place) or plan.choose(problem, place)
-
-
-@lru_cache
-def gpu(index: int) -> Gpu:
-    facts = torch.cuda.get_device_properties(index)
-    limit = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Gpu(10 * facts.major + facts.minor, facts.multi_processor_count, limit)
 
 
 def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: Tensor | None) -> Tensor:

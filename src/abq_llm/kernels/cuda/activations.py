@@ -78,13 +78,12 @@ def quantize(
         "aligned": all(aligned(source, problem) for source in sources),
         **problem.columns(),
     }
+    unpadded = problem.group_size == problem.group_padded
     if many:
-        constants["blocks"] = 4
+        constants |= {"blocks": 4, "whole": unpadded and problem.k % BLOCK == 0}
     else:
-        constants["columns"] = columns_per_token(bits)
-        constants["threads"] = threads
-        constants["held"] = held
-        constants["whole"] = problem.k == 8 * threads * held and problem.group_size == problem.group_padded
+        whole = unpadded and problem.k == 8 * threads * held
+        constants |= {"columns": columns_per_token(bits), "threads": threads, "held": held, "whole": whole}
     name = "quantize_tiles" if many else "quantize"
     kernel = jit.load(name, name, constants, x.device)
     sums, groups = (empty(padded, dtype=torch.int32), out.sums) if group_sums else (out.sums, None)

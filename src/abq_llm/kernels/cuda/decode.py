@@ -6,11 +6,11 @@ import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from abq_llm.kernels.cuda import activations, jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES, Quantized, columns_per_token
+from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.problem import Problem
 
 WHOLE_ROW = 2**20  # group_words where there are no groups
@@ -29,6 +29,7 @@ class Tile:
     stages: int = 4  # k-blocks of weights that a warp has under way
     blocks_per_sm: int = 1
     fused: bool = False  # x, a few tokens, is quantized in this kernel
+    early: bool = False  # the next kernel's weights may come before this one's x
 
     def x_blocks(self, problem: Problem) -> int:
         """k-blocks of a warp, whose activations it keeps in registers."""
@@ -72,11 +73,12 @@ def registers(tile: Tile, problem: Problem) -> int:
     """Of a thread, about."""
     in_floats = problem.group_size > 0 or problem.bits == 16
     factors = 4 * max(1, 8 // (problem.group_words or 8)) if in_floats else 0
-    sums = 4 * tile.tiles * problem.planes if tile.tiles * problem.planes <= 16 and not in_floats else 4 * tile.tiles
+    by_plane = tile.tiles * problem.planes <= 16 and not in_floats
+    sums = 4 * tile.tiles * (problem.planes if by_plane else 1)
     product = 4 * min(problem.planes, 4) + factors + 2 * tile.x_blocks(problem) * tile.tiles + sums
     tokens = tile.tokens(problem)
     prologue = (4 * tokens + 2 * tile.tiles) * tile.x_blocks(problem) if tile.fused else 0
-    return max(product, prologue) + (50 if in_floats else 20)
+    return max(product, prologue) + (20 if by_plane else 60)
 
 
 def resident(tile: Tile, problem: Problem) -> int:
@@ -84,28 +86,33 @@ def resident(tile: Tile, problem: Problem) -> int:
     return (2 if 64 * tile.warps * tile.blocks_per_sm * registers(tile, problem) <= 65536 else 1) * tile.blocks_per_sm
 
 
-def candidates(problem: Problem, shared_limit: int) -> list[Tile]:
+def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
     """Tiles worth a measurement, as wide as the tokens want or as registers allow."""
     tiles = tiles_of(problem)
     least = 2 if problem.bits == 16 else 1
-    while not (found := _candidates(problem, tiles, shared_limit)) and tiles > least:
+    while not (found := _candidates(problem, tiles, sms, shared_limit)) and tiles > least:
         tiles //= 2
     return found
 
 
-def _candidates(problem: Problem, tiles: int, shared_limit: int) -> list[Tile]:
+def _candidates(problem: Problem, tiles: int, sms: int, shared_limit: int) -> list[Tile]:
     found = []
-    for warps, stages, blocks, fused in itertools.product((4, 8, 16), STAGES, (1, 2), (True, False)):
-        tile = Tile(tiles, warps, stages, blocks, fused)
+    choices = (False,) if problem.bits == 16 or problem.m > FUSED_TOKENS else (True, False)
+    sizes = (4, 8, 16), STAGES, (1, 2), choices, (False, True)
+    for warps, stages, blocks, fused, early in itertools.product(*sizes):
+        tile = Tile(tiles, warps, stages, blocks, fused, early)
         if (
-            (not fused or (problem.m <= FUSED_TOKENS and problem.bits <= 8))
-            and (warps == 4 or warps < 2 * problem.k_blocks)
+            (warps == 4 or warps < 2 * problem.k_blocks)
+            and stages < 2 * tile.rounds(problem, sms) * tile.x_blocks(problem)
             and registers(tile, problem) <= min(255, 65536 // (32 * warps * blocks))
             and _sums_bytes(tile, problem) <= STATIC_LIMIT
             and blocks * _shared(tile, problem) <= shared_limit
         ):
             found.append(tile)
-    return found
+    alone = [
+        tile for tile in found if tile.fused and problem.m == 1
+    ]  # always faster, where a warp can hold its part of x
+    return alone or found
 
 
 def _shared(tile: Tile, problem: Problem) -> int:
@@ -127,7 +134,7 @@ def tiles_of(problem: Problem) -> int:
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
     """The tile for a shape that nobody has tuned; None if the activations of a warp fit no register file."""
-    tiles = candidates(problem, shared_limit)
+    tiles = candidates(problem, sms, shared_limit)
 
     def preference(tile: Tile) -> tuple[float, ...]:
         twice = 2 * tile.blocks_per_sm  # leaves room for the next kernel's blocks
@@ -135,7 +142,7 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
         all_stages = tile.rounds(problem, sms) * tile.x_blocks(problem)
         under_way = tile.blocks_per_sm * tile.warps * min(tile.stages, all_stages)
         idle = tile.x_blocks(problem) * tile.warps / problem.k_blocks
-        return tile.fused, leaves_room, under_way, -tile.blocks_per_sm, -idle, tile.warps, -tile.stages
+        return tile.fused, leaves_room, under_way, -tile.blocks_per_sm, -idle, tile.warps, -tile.stages, not tile.early
 
     return max(tiles, key=preference) if tiles else None
 
@@ -149,7 +156,7 @@ def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms:
         "pass": tile.pass_tiles(problem, sms),
         "refill": tile.rounds(problem, sms) * tile.x_blocks(problem) > tile.stages,
         "whole": problem.k == 256 * tile.warps * tile.x_blocks(problem) and problem.group_size == problem.group_padded,
-        "trigger": 1,
+        "early": tile.early,
         "x_blocks": tile.x_blocks(problem),
         "queue_bytes": tile.stages * slot_bytes(problem),
         "resident": resident(tile, problem),
@@ -182,7 +189,7 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
         token = activations.quantize(x, problem, activations.FRAGMENTS, tokens=max(tokens, 8))
         tables = token.scale, token.zero, token.sums
         x_tiles = token.codes.numel() // (64 * problem.k_blocks)
-    sms = _sms(x.get_device())
+    sms = gpu(x.get_device()).sms
     config = constants(tile, problem, TYPE_NAMES[x.dtype], activations.aligned(x, problem), sms)
     kernel = jit.load("decode", "decode", config, x.device)
     row_tiles = problem.row_tiles
@@ -199,8 +206,3 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
         programmatic=True,
     )
     return y
-
-
-@lru_cache
-def _sms(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count

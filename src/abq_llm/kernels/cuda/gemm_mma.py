@@ -18,6 +18,7 @@ from torch import Tensor
 from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES
+from abq_llm.kernels.cuda.gpus import gpu
 
 SMALLEST_SHARED_LIMIT = 99 * 1024  # bytes of a block on sm_86, 89, 120; 163 KiB on sm_80, 227 KiB on sm_90 and 100
 
@@ -166,19 +167,12 @@ def constants(
     }
 
 
-@functools.cache
-def _device_limits(index: int) -> tuple[int, int]:
-    """(SMs, shared bytes that a block may have)."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
 @functools.lru_cache(maxsize=4096)
 def _kernel(
     tile: Tile, planes: int, dtype: torch.dtype, group_words: int, zero_point: bool, programmatic: bool, index: int
 ) -> tuple[jit.Kernel, int]:
     """(kernel, its shared bytes)."""
-    config = constants(tile, planes, dtype, group_words, zero_point, programmatic, _device_limits(index)[1])
+    config = constants(tile, planes, dtype, group_words, zero_point, programmatic, gpu(index).shared_limit)
     return jit.load("gemm_mma", "gemm_mma", config, torch.device("cuda", index)), int(config["shared_bytes"])
 
 
@@ -219,8 +213,8 @@ def run(
     zero_point = group_words > 0 and w_zero is not None
     index = out.get_device()
     if tile is None:
-        sms, shared_limit = _device_limits(index)
-        tile = choose(m, n, k_blocks, planes, sms, group_words, zero_point, shared_limit)
+        place = gpu(index)
+        tile = choose(m, n, k_blocks, planes, place.sms, group_words, zero_point, place.shared_limit)
     grid = -(-m // tile.tokens), -(-n // tile.rows), tile.split_k
     partials = arrivals = None
     if tile.split_k > 1:

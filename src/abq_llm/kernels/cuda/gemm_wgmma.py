@@ -6,7 +6,6 @@ The choice of a tile is a pure function of integers: it compares estimates of wh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES
+from abq_llm.kernels.cuda.gpus import gpu
 
 SHARED_LIMIT = 227 * 1024  # bytes a block may have on sm_90
 SHARED_RESERVED = 1024  # of the multiprocessor's 228 KiB for each block on it
@@ -53,23 +53,23 @@ class Tile:
         return -(-n // self.rows) * -(-m // self.tokens)
 
 
-def shared_bytes(tile: Tile, planes: int, out_size: int, x_planes: int | None = None) -> int:
+def shared_bytes(tile: Tile, planes: int, x_planes: int | None = None) -> int:
     """The block's shared memory, laid out in `wgmma_tile.cuh`; x_planes is given for binary products."""
     head = -(-(384 + 24 * tile.tokens) // 128) * 128
     stage = tile.tokens * 32 * (tile.stage_steps if x_planes is None else x_planes)
     slot = tile.rows // 16 * planes * 512
-    out = tile.consumers * 2 * 16 * (64 * out_size + 16)
+    out = tile.consumers * 2 * 16 * 144
     return head + tile.stages * stage + tile.weight_slots * slot + out
 
 
-def _filled(tile: Tile, planes: int, out_size: int, x_planes: int | None = None) -> Tile | None:
+def _filled(tile: Tile, planes: int, x_planes: int | None = None) -> Tile | None:
     """`tile` with as many stages as fit, up to 8, or None if fewer than two k-blocks of x do."""
     limit = min(SHARED_LIMIT, 228 * 1024 // tile.resident - SHARED_RESERVED)
     per_block = 8 // tile.stage_steps if x_planes is None else 1
     for stages in range(8, 2 * per_block - 1, -1):
         for slots in range(min(4 if x_planes is None else 7, max(2, stages // per_block)), 1, -1):
             filled = replace(tile, stages=stages, weight_slots=slots)
-            if shared_bytes(filled, planes, out_size, x_planes) <= limit:
+            if shared_bytes(filled, planes, x_planes) <= limit:
                 return filled
     return None
 
@@ -90,7 +90,7 @@ def _token_counts(m: int) -> list[int]:
     return [tokens for i, tokens in enumerate(TOKENS) if i == 0 or blocks[i] < blocks[i - 1]]
 
 
-def candidates(m: int, planes: int, grouped: bool = False, out_size: int = 2) -> list[Tile]:
+def candidates(m: int, planes: int, grouped: bool = False) -> list[Tile]:
     """Every int8 tile worth timing for m tokens."""
     tiles = []
     for tokens in _token_counts(m):
@@ -103,13 +103,13 @@ def candidates(m: int, planes: int, grouped: bool = False, out_size: int = 2) ->
             tiles += [tile for tile in taller if _fits_registers(tile, planes)]
         if 96 <= tokens <= 128 and not grouped:
             tiles.append(Tile(tokens, 1, 2, stage_steps=steps, resident=2))
-    return [filled for tile in tiles if (filled := _filled(tile, planes, out_size))]
+    return [filled for tile in tiles if (filled := _filled(tile, planes))]
 
 
-def candidates_b1(m: int, planes: int, x_planes: int, out_size: int = 2) -> list[Tile]:
+def candidates_b1(m: int, planes: int, x_planes: int) -> list[Tile]:
     """Every binary tile worth timing: p + q - 1 sets of accumulators and two blocks' planes must fit in registers."""
     fitting = [t for t in _token_counts(m) if (planes + x_planes - 1) * t // 2 + 8 * planes <= 208]
-    return [filled for tokens in fitting if (filled := _filled(Tile(tokens), planes, out_size, x_planes))]
+    return [filled for tokens in fitting if (filled := _filled(Tile(tokens), planes, x_planes))]
 
 
 def cycles(tile: Tile, m: int, n: int, k_blocks: int, planes: int, sms: int, x_planes: int | None = None) -> float:
@@ -131,13 +131,13 @@ def cycles(tile: Tile, m: int, n: int, k_blocks: int, planes: int, sms: int, x_p
     return full_rounds * round_of(tile.resident) + round_of(rest)
 
 
-def choose(m: int, n: int, k_blocks: int, planes: int, sms: int, grouped: bool = False, out_size: int = 2) -> Tile:
+def choose(m: int, n: int, k_blocks: int, planes: int, sms: int, grouped: bool = False) -> Tile:
     """The int8 tile with the least estimate. x must have been padded to a multiple of its `tokens`."""
-    return min(candidates(m, planes, grouped, out_size), key=lambda tile: cycles(tile, m, n, k_blocks, planes, sms))
+    return min(candidates(m, planes, grouped), key=lambda tile: cycles(tile, m, n, k_blocks, planes, sms))
 
 
-def choose_b1(m: int, n: int, k_blocks: int, planes: int, x_planes: int, sms: int, out_size: int = 2) -> Tile:
-    tiles = candidates_b1(m, planes, x_planes, out_size)
+def choose_b1(m: int, n: int, k_blocks: int, planes: int, x_planes: int, sms: int) -> Tile:
+    tiles = candidates_b1(m, planes, x_planes)
     return min(tiles, key=lambda tile: cycles(tile, m, n, k_blocks, planes, sms, x_planes))
 
 
@@ -245,13 +245,8 @@ def _launch(
     needed = -(-m // tile.tokens) * tile.tokens
     if token_tiles * 8 < needed:
         raise AbqError(f"x is padded to {token_tiles * 8} tokens; tiles of {tile.tokens} need {needed}")
-    grid = min(tile.count(m, n), tile.resident * _sms(y.get_device())), 1, 1
+    grid = min(tile.count(m, n), tile.resident * gpu(y.get_device()).sms), 1, 1
     kernel = jit.load(stem, stem, config, y.device)
     args = [weight, x, *rows, *tokens, bias, y, m, n, k_blocks, token_tiles, *more]
-    shared = shared_bytes(tile, planes, y.element_size(), x_planes)
+    shared = shared_bytes(tile, planes, x_planes)
     launch.launch(kernel, grid, (tile.threads, 1, 1), args, shared, programmatic=bool(config["programmatic"]))
-
-
-@lru_cache
-def _sms(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -8,31 +8,14 @@ from functools import lru_cache
 from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma
 from abq_llm.kernels.cuda.activations import columns_per_token
+from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
 
 Tile = decode.Tile | gemm_mma.Tile | gemm_wgmma.Tile
 
-DECODE_COLUMNS = 16  # of the binary product, up to which it beats the int8 product, whose activations are more compact
+DECODE_COLUMNS = 32  # of the binary product, up to which it beats the int8 product, whose activations are more compact
 DECODE_TOKENS_16 = 32  # of 16-bit activations, up to which it beats a dequantized weight
 WGMMA_TOKENS = 48  # from which the warpgroup product is worth its larger blocks
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a plan depends on."""
-
-    capability: int  # 10 * major + minor
-    sms: int
-    shared_limit: int  # bytes of shared memory that a block may have
-
-    @property
-    def has_binary(self) -> bool:
-        """Whether binary products are instructions and not emulated."""
-        return self.capability < 100
-
-    @property
-    def has_wgmma(self) -> bool:
-        return self.capability == 90
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     columns = problem.m * columns_per_token(problem.bits)
     plans = []
     if problem.planes > 8 or columns <= (16 * DECODE_TOKENS_16 if problem.bits == 16 else 4 * DECODE_COLUMNS):
-        plans += [Plan("decode", tile) for tile in decode.candidates(problem, gpu.shared_limit)]
+        plans += [Plan("decode", tile) for tile in decode.candidates(problem, gpu.sms, gpu.shared_limit)]
     if problem.bits == 16:
         return [*plans, Plan("dequantize")]
     if problem.planes > 8:

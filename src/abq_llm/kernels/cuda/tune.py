@@ -23,7 +23,8 @@ from torch import Tensor
 
 from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import activations, decode, gemm_mma, gemm_wgmma, jit, plan
-from abq_llm.kernels.cuda.plan import Gpu, Plan
+from abq_llm.kernels.cuda.gpus import Gpu
+from abq_llm.kernels.cuda.plan import Plan
 from abq_llm.kernels.cuda.problem import Problem
 
 COLD_BYTES = 120 * 2**20  # weights are rotated until so many lie between two uses: more than any L2 keeps

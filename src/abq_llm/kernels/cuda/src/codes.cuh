@@ -8,29 +8,50 @@ struct Grid {  // x ~ (code - zero) * scale
     int zero;
 };
 
-// From the ends of a token's range, which always holds zero. Divisions are IEEE's and nothing is fused.
+// 1 / x and a / b to nearest, as IEEE's division is, where nothing overflows: b's reciprocal is given, the remainder corrects
+// the quotient. __fdiv_rn adds a check and a call, and every thread of a block waits for them.
+__device__ inline float reciprocal_of(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    r = __fmaf_rn(__fmaf_rn(-x, r, 1.0f), r, r);
+    return __fmaf_rn(__fmaf_rn(-x, r, 1.0f), r, r);
+}
+__device__ inline float quotient(float a, float b, float reciprocal) {
+    const float q = __fmul_rn(a, reciprocal);
+    return __fmaf_rn(__fmaf_rn(-q, b, a), reciprocal, q);
+}
+
+// The integer nearest to x, ties to even, for |x| < 2^22: the sum with 3 * 2^22 leaves it in the low bits
+__device__ inline int nearest(float x) { return __float_as_int(__fadd_rn(x, 12582912.0f)) - 0x4B400000; }
+
+// From the ends of a token's range, which always holds zero, as `choose_qparams` in abq_llm/quantizers.py
 template <int bits, bool symmetric> __device__ inline Grid choose_grid(float lo, float hi) {
     constexpr int qmax = (1 << bits) - 1, fixed_zero = 1 << (bits - 1);
     constexpr float min_scale = 1.0f / (1 << 20);
     Grid grid;
     if constexpr (symmetric) {
         constexpr int steps = qmax - fixed_zero > 0 ? qmax - fixed_zero : 1;
-        grid.scale = fmaxf(__fdiv_rn(fmaxf(hi, -lo), float(steps)), min_scale);
-        grid.reciprocal = __fdiv_rn(1.0f, grid.scale);
+        grid.scale = fmaxf(quotient(fmaxf(hi, -lo), float(steps), 1.0f / steps), min_scale);
+        grid.reciprocal = reciprocal_of(grid.scale);
         grid.zero = fixed_zero;
     } else {
-        grid.scale = fmaxf(__fdiv_rn(__fsub_rn(hi, lo), float(qmax)), min_scale);
-        grid.reciprocal = __fdiv_rn(1.0f, grid.scale);
-        grid.zero = int(fminf(fmaxf(rintf(__fmul_rn(-lo, grid.reciprocal)), 0.0f), float(qmax)));
+        grid.scale = fmaxf(quotient(__fsub_rn(hi, lo), float(qmax), 1.0f / qmax), min_scale);
+        grid.reciprocal = reciprocal_of(grid.scale);
+        grid.zero = min(max(nearest(__fmul_rn(-lo, grid.reciprocal)), 0), qmax);
     }
     return grid;
 }
 
-// Adding 3 * 2^22 rounds to an integer, ties to even, and leaves it in the low bits: cheaper than two conversions.
-template <int bits> __device__ inline unsigned code_of(float x, Grid grid) {
-    constexpr int qmax = (1 << bits) - 1;
-    const int rounded = __float_as_int(__fadd_rn(__fmul_rn(x, grid.reciprocal), 12582912.0f)) - 0x4B400000;
-    return min(max(rounded + grid.zero, 0), qmax);
+// The code of x before it is cut to 0 .. 2^bits - 1
+__device__ inline int code_of(float x, Grid grid) { return nearest(__fmul_rn(x, grid.reciprocal)) + grid.zero; }
+
+// Bytes 0..3 of the result: a, b, c, d, cut to 0 .. 255
+__device__ inline unsigned saturated_bytes(int a, int b, int c, int d) {
+    unsigned bytes;
+    asm("{.reg .b32 high; cvt.pack.sat.u8.s32.b32 high, %4, %3, 0; cvt.pack.sat.u8.s32.b32 %0, %2, %1, high;}"
+        : "=r"(bytes)
+        : "r"(a), "r"(b), "r"(c), "r"(d));
+    return bytes;
 }
 
 // Four neighbouring values of a token, as they lie in memory
@@ -126,12 +147,15 @@ template <> struct Range<float> {
 };
 
 // The codes of four values, a byte each; zeros from `count` on
-template <int bits> __device__ inline unsigned codes_of(const float (&value)[4], QuadSource from, Grid grid) {
-    unsigned code[4];
+template <int bits, class T> __device__ inline unsigned codes_of(const Quad<T>& quad, QuadSource from, Grid grid) {
+    constexpr int qmax = (1 << bits) - 1;
+    int code[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) code[i] = code_of<bits>(value[i], grid);
-    const unsigned low = __byte_perm(code[0], code[1], 0x0040), high = __byte_perm(code[2], code[3], 0x0040);
-    return __byte_perm(low, high, 0x5410) & from.byte_mask;
+    for (int i = 0; i < 4; i++) {
+        code[i] = code_of(quad.value(i), grid);
+        if constexpr (bits < 8) code[i] = min(code[i], qmax);
+    }
+    return saturated_bytes(code[0], code[1], code[2], code[3]) & from.byte_mask;
 }
 
 __device__ inline int sum_of_bytes(unsigned bytes, int sum) {

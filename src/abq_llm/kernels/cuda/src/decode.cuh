@@ -19,6 +19,7 @@
 //   C::x_blocks   k-blocks of a warp
 //   C::whole      there are no columns but those of x, and every warp has C::x_blocks k-blocks
 //   C::refill     the queue does not hold all that a warp multiplies
+//   C::early      the next kernel may start, and read its weights, before x is here
 //   C::fused      x is quantized here, by every block anew: no kernel before this one to wait for
 //   C::in_floats  groups, or 16-bit x with a scale for every k-block: sums are scaled and added in fp32 part by part
 #pragma once
@@ -108,9 +109,9 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
     for (int s = 0; s < C::stages; s++) load(s, blockIdx.x + s / C::x_blocks * gridDim.x, s % C::x_blocks);
     load_row(blockIdx.x);
     if constexpr (C::programmatic) {
-        if constexpr (C::trigger == 0) grid_dependency_launch();
+        if constexpr (C::early) grid_dependency_launch();
         grid_dependency_wait();
-        if constexpr (C::trigger == 1) grid_dependency_launch();
+        if constexpr (!C::early) grid_dependency_launch();
     }
 
     // This warp's k-blocks of x, as fragments of bit-planes
@@ -154,10 +155,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
             for (int b = 0; b < C::x_blocks; b++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    float value[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i++) value[i] = quad[m][b][h].value(i);
-                    const unsigned codes = codes_of<C::bits>(value, source(b, h), grid);
+                    const unsigned codes = codes_of<C::bits>(quad[m][b][h], source(b, h), grid);
                     sum = sum_of_bytes(codes, sum);
                     words[b][m * C::columns / 8][h] |= codes << (m * C::columns % 8);
                 }
@@ -191,9 +189,9 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
         const int zero_out = zero_next, sum_out = sum_next;
         load_row(first_row_tile + C::pass * gridDim.x);
   
+#pragma unroll C::pass * C::x_blocks * C::planes * C::tiles <= 32 ? C::pass : 1
         for (int r = 0; r < C::pass; r++) {
-            const int row_tile = first_row_tile + r * gridDim.x;
-            if (row_tile >= row_tiles) break;
+            const int row_tile = first_row_tile + r * gridDim.x;  // past the last one, sums that no one reads
             int plane_sums[by_plane ? C::tiles : 1][by_plane ? C::planes : 1][4] = {};
             Sum sums[C::tiles][2] = {};  // columns 2t + 2 * column 2t + 1; rows g and g + 8
 #pragma unroll

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
             for (int slab = 0; slab < C::slabs; ++slab) wgmma_fence_registers(acc[slab]);
 
             barrier_wait<C::debug>(shared.tokens_full(buffer.index), buffer.parity);
-            const unsigned out = shared.template out<T>();
+            const unsigned out = shared.out();
             if constexpr (C::grouped) {
                 float offsets[2], biases[2];
 #pragma unroll

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident)
             const int n0 = tiles.row_tile0() * 16 + warpgroup * 64, n = n0 + warp * 16 + lane / 4;
             const Row rows[2] = {{n, w_scale, w_zero, w_centered_sum, bias, N},
                                  {n + 8, w_scale, w_zero, w_centered_sum, bias, N}};
-            write_out<C::tokens>(shared.template out<T>(), y, tiles.token0(), n0, M, N, [&](int j, float(&results)[4]) {
+            write_out<C::tokens>(shared.out(), y, tiles.token0(), n0, M, N, [&](int j, float(&results)[4]) {
                 int sums[4] = {0, 0, 0, 0};
 #pragma unroll
                 for (int s = 0; s < sets; ++s) {

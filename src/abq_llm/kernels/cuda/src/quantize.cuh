@@ -15,20 +15,16 @@
 
 __device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
 
-// Values before they are quantized. x, other: the token and the norm's weight, or gate and up
+// What is quantized: of the token and the norm's weight, or of gate and up
 template <class T, int prologue>
-__device__ inline void values_of(float (&value)[4], const Quad<T>& x, const Quad<T>& other, float inverse_rms) {
+__device__ inline Quad<T> after_prologue(const Quad<T>& x, const Quad<T>& other, float inverse_rms) {
+    Quad<T> quad{};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        value[i] = x.value(i);
-        if constexpr (prologue == 1) {
-            const float normalized = to_float(from_float<T>(value[i] * inverse_rms));
-            value[i] = to_float(from_float<T>(normalized * other.value(i)));
-        } else if constexpr (prologue == 2) {
-            const float activated = to_float(from_float<T>(silu(value[i])));
-            value[i] = to_float(from_float<T>(activated * other.value(i)));
-        }
+        const float factor = prologue == 1 ? x.value(i) * inverse_rms : silu(x.value(i));
+        quad.set(i, from_float<T>(to_float(from_float<T>(factor)) * other.value(i)));
     }
+    return quad;
 }
 
 template <class C> __global__ void __launch_bounds__(C::threads) quantize(
@@ -51,7 +47,7 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
         const int column = C::layout == 1 ? 8 * lane + 4 * h : fragment_column(lane, h);
         return quad_source<C::group_size, C::group_padded, C::whole>(256 * (b * warps + warp) + column, columns);
     };
-    Quad<T> quad[C::held][2], second[C::prologue ? C::held : 1][2];
+    Quad<T> quad[C::held][2], second[C::held][2];
 #pragma unroll
     for (int b = 0; b < C::held; b++)
 #pragma unroll
@@ -83,10 +79,11 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
         inverse_rms = rsqrtf(squares / columns + epsilon);
         __syncthreads();
     }
-    // Values of outsiders are some token's values: they widen no range
-    auto values = [&](float (&value)[4], int b, int h) {
-        values_of<T, C::prologue>(value, quad[b][h], second[C::prologue ? b : 0][h], inverse_rms);
-    };
+    if constexpr (C::prologue != 0)
+#pragma unroll
+        for (int b = 0; b < C::held; b++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) quad[b][h] = after_prologue<T, C::prologue>(quad[b][h], second[b][h], inverse_rms);
 
     Grid grid{};
     if constexpr (C::bits < 16) {
@@ -94,18 +91,7 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
 #pragma unroll
         for (int b = 0; b < C::held; b++)
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                if constexpr (C::prologue == 0) {
-                    range.add(quad[b][h]);
-                } else {
-                    float value[4];
-                    values(value, b, h);
-                    Quad<T> rounded{};
-#pragma unroll
-                    for (int i = 0; i < 4; i++) rounded.set(i, from_float<T>(value[i]));  // exact: a prologue ends in T
-                    range.add(rounded);
-                }
-            }
+            for (int h = 0; h < 2; h++) range.add(quad[b][h]);  // outsiders are values of this token, too
         const float bottom = warp_max(range.lo()), top = warp_max(range.hi());
         if (lane == 0) {
             lows[warp] = bottom;
@@ -120,17 +106,14 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
     for (int b = 0; b < C::held; b++) {
         const int kb = b * warps + warp;
         if (!C::whole && kb >= k_blocks) break;
-        float value[2][4];
-        values(value[0], b, 0);
-        values(value[1], b, 1);
         unsigned word[C::bits == 16 ? 2 : 1][2];  // [byte of the code][h]
         if constexpr (C::bits == 16) {
             float lo = 0, hi = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 if (i % 4 < source(b, i / 4).count) {
-                    lo = fminf(lo, value[i / 4][i % 4]);
-                    hi = fmaxf(hi, value[i / 4][i % 4]);
+                    lo = fminf(lo, quad[b][i / 4].value(i % 4));
+                    hi = fmaxf(hi, quad[b][i / 4].value(i % 4));
                 }
             warp_range(lo, hi);
             const float scale = fmaxf(fmaxf(hi, -lo) / 32767.0f, 1e-35f), reciprocal = 1.0f / scale;
@@ -139,14 +122,14 @@ template <class C> __global__ void __launch_bounds__(C::threads) quantize(
             for (int h = 0; h < 2; h++) {
                 unsigned code[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) code[i] = unsigned(int(rintf(value[h][i] * reciprocal)));
+                for (int i = 0; i < 4; i++) code[i] = unsigned(int(rintf(quad[b][h].value(i) * reciprocal)));
                 const unsigned first = __byte_perm(code[0], code[1], 0x5140), last = __byte_perm(code[2], code[3], 0x5140);
                 word[0][h] = __byte_perm(first, last, 0x5410) & source(b, h).byte_mask;
                 word[1][h] = __byte_perm(first, last, 0x7632) & source(b, h).byte_mask;
             }
         } else {
 #pragma unroll
-            for (int h = 0; h < 2; h++) word[0][h] = codes_of<C::bits>(value[h], source(b, h), grid);
+            for (int h = 0; h < 2; h++) word[0][h] = codes_of<C::bits>(quad[b][h], source(b, h), grid);
             const int block_sum = sum_of_bytes(word[0][0], sum_of_bytes(word[0][1], 0));
             sum += block_sum;
             if constexpr (C::group_sums) {  // a lane's eight neighbours are in one group: it is a multiple of 32

@@ -24,8 +24,8 @@ template <class C> __global__ void __launch_bounds__(256) quantize_tiles(
     grid_dependency_launch();
 
     auto source = [&](int kb, int h) {
-        const int column = C::layout == 1 ? 8 * lane + 4 * h : fragment_column(lane, h);
-        return quad_source<C::group_size, C::group_padded, false>(256 * kb + column, columns);
+        const int column = 256 * kb + (C::layout == 1 ? 8 * lane + 4 * h : fragment_column(lane, h));
+        return quad_source<C::group_size, C::group_padded, C::whole>(column, columns);
     };
     float inverse_rms = 1;
     if constexpr (C::prologue == 1) {
@@ -44,41 +44,29 @@ template <class C> __global__ void __launch_bounds__(256) quantize_tiles(
         for (int other_lane = 16; other_lane > 0; other_lane /= 2) squares += __shfl_xor_sync(~0u, squares, other_lane);
         inverse_rms = rsqrtf(squares / columns + epsilon);
     }
-    auto values = [&](float (&value)[4], QuadSource from) {
+    auto values = [&](QuadSource from) {
         const Quad<T> quad = load_quad<T, C::aligned>(x + row, from);
-        Quad<T> second{};
-        if constexpr (C::prologue == 1) second = load_quad<T, C::aligned>(other, from);
-        if constexpr (C::prologue == 2) second = load_quad<T, C::aligned>(other + row, from);
-        values_of<T, C::prologue>(value, quad, second, inverse_rms);
+        if constexpr (C::prologue == 0) return quad;
+        const Quad<T> second = load_quad<T, C::aligned>(C::prologue == 1 ? other : other + row, from);
+        return after_prologue<T, C::prologue>(quad, second, inverse_rms);
     };
 
-    float lo = 0, hi = 0;
+    Range<T> range;
 #pragma unroll 4
     for (int kb = 0; kb < k_blocks; kb++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float value[4];
-            values(value, source(kb, h));
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                lo = fminf(lo, value[i]);
-                hi = fmaxf(hi, value[i]);
-            }
-        }
-    const Grid grid = choose_grid<C::bits, C::symmetric>(-warp_max(lo), warp_max(hi));
+        for (int h = 0; h < 2; h++) range.add(values(source(kb, h)));
+    const Grid grid = choose_grid<C::bits, C::symmetric>(-warp_max(range.lo()), warp_max(range.hi()));
 
     int sum = 0, parity = 0;
     for (int first = 0; first < k_blocks; first += C::blocks, parity ^= 1) {
 #pragma unroll
         for (int b = 0; b < C::blocks; b++) {
-            const int kb = first + b;  // past the last one, all columns are outside
+            const int kb = first + b;
+            if (kb >= k_blocks) break;
             unsigned word[2];
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float value[4];
-                values(value, source(kb, h));
-                word[h] = codes_of<C::bits>(value, source(kb, h), grid);
-            }
+            for (int h = 0; h < 2; h++) word[h] = codes_of<C::bits>(values(source(kb, h)), source(kb, h), grid);
             const int block_sum = sum_of_bytes(word[0], sum_of_bytes(word[1], 0));
             sum += block_sum;
             if constexpr (C::group_sums) {

@@ -45,7 +45,10 @@ template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
 
 // Bytes from one token's 64 results to the next one's in shared memory; 16 more than they take, against bank conflicts
 template <class T> constexpr int out_pitch = 64 * sizeof(T) + 16;
-constexpr int out_tokens = 16;  // whose results of 64 rows are on their way at a time; there is room for twice as many
+// Tokens whose results of 64 rows are on their way at a time; a warpgroup has room for twice as many
+template <class T> constexpr int out_tokens = 32 / sizeof(T);
+constexpr int out_bytes = 2 * 16 * (64 * 2 + 16);  // of a warpgroup
+static_assert(2 * out_tokens<float> * out_pitch<float> <= out_bytes);
 
 // A place in a ring of `size` buffers, each with a barrier "full" and one "empty", and the parity of its present round
 template <int size> struct Place {
@@ -93,8 +96,8 @@ template <class C, class Shape> struct Shared {
     }
 
     // Where this warpgroup's results are on their way out
-    template <class T> __device__ unsigned out() const {
-        return base + Shape::out_offset + threadIdx.x / 128 * 2 * out_tokens * out_pitch<T>;
+    __device__ unsigned out() const {
+        return base + Shape::out_offset + threadIdx.x / 128 * out_bytes;
     }
 
     // A warp has done with a stage.
@@ -254,22 +257,22 @@ __device__ inline void copy_out(unsigned from, int thread, T* y, int token0, int
 }
 
 // Writes 64 rows, from n0 on, of a warpgroup's results: value(j, y) gives those that this lane has of tokens 8j .. 8j+7.
-// They go by the warpgroup's `out` in shared memory, 16 tokens at a time.
+// They go by the warpgroup's `out` in shared memory, a few tokens at a time.
 template <int tokens, class T, class Value>
 __device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0, int M, int N, Value value) {
     const int thread = threadIdx.x % 128, barrier = 2 + threadIdx.x / 128;
     named_barrier(barrier, 128);  // what was written before has left
 #pragma unroll
-    for (int piece = 0; piece < tokens / out_tokens; ++piece) {
-        const unsigned buffer = out + piece % 2 * out_tokens * out_pitch<T>;
+    for (int first = 0; first < tokens; first += out_tokens<T>) {
+        const unsigned buffer = out + first / out_tokens<T> % 2 * (out_bytes / 2);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int m = 0; m < out_tokens<T>; m += 8) {
             float results[4];
-            value(2 * piece + half, results);
-            store_out<T>(buffer + thread / 32 * 16 * sizeof(T) + half * 8 * out_pitch<T>, thread % 32, results);
+            value((first + m) / 8, results);
+            store_out<T>(buffer + thread / 32 * 16 * sizeof(T) + m * out_pitch<T>, thread % 32, results);
         }
         named_barrier(barrier, 128);
-        copy_out<out_tokens>(buffer, thread, y, token0 + piece * out_tokens, n0, M, N);
+        copy_out<out_tokens<T>>(buffer, thread, y, token0 + first, n0, M, N);
     }
 }
 
