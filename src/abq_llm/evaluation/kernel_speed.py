@@ -242,12 +242,13 @@ def _time_calls(calls: list[Callable[[], object]], device: torch.device) -> list
 
 @lru_cache
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that `device` can read: the better of summing a large tensor and copying it (read + written)."""
+    """Bytes a second that `device` can read: the best of two sums of a large tensor and its copy (read + written)."""
     size = BANDWIDTH_BYTES.get(device.type, BANDWIDTH_BYTES_ELSEWHERE)
     source = torch.arange(size // 4, dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     clock = _time_graph if device.type == "cuda" else _time_calls
-    reading = statistics.median(clock([source.sum], device))
+    sums = [source.sum, source.view(torch.float32).sum]
+    reading = min(statistics.median(clock([total], device)) for total in sums)
     copying = statistics.median(clock([lambda: target.copy_(source)], device))
     return max(source.nbytes / reading, 2 * source.nbytes / copying)
 

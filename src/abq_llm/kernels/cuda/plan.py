@@ -15,7 +15,7 @@ Tile = decode.Tile | gemm_mma.Tile | gemm_wgmma.Tile
 
 DECODE_COLUMNS = 32  # of the binary product, up to which it beats the int8 product, whose activations are more compact
 DECODE_TOKENS_16 = 32  # of 16-bit activations, up to which it beats a dequantized weight
-WGMMA_TOKENS = 48  # from which the warpgroup product is worth its larger blocks
+WGMMA_TOKENS = 65  # from which the warpgroup product is worth its larger blocks
 
 
 @dataclass(frozen=True)

@@ -51,22 +51,38 @@ template <class C> __global__ void __launch_bounds__(256) quantize_tiles(
         return after_prologue<T, C::prologue>(quad, second, inverse_rms);
     };
 
-    Range<T> range;
-#pragma unroll 4
-    for (int kb = 0; kb < k_blocks; kb++)
+    // Loads of C::blocks k-blocks are under way at a time; those past the end repeat the last one
+    auto load = [&](Quad<T>(&quad)[C::blocks][2], int first) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) range.add(values(source(kb, h)));
+        for (int b = 0; b < C::blocks; b++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) quad[b][h] = values(source(min(first + b, k_blocks - 1), h));
+    };
+    Range<T> range;
+    Quad<T> quad[C::blocks][2], next[C::blocks][2];
+    load(next, 0);
+    for (int first = 0; first < k_blocks; first += C::blocks) {
+#pragma unroll
+        for (int b = 0; b < C::blocks; b++) quad[b][0] = next[b][0], quad[b][1] = next[b][1];
+        load(next, first + C::blocks);
+#pragma unroll
+        for (int b = 0; b < C::blocks; b++) range.add(quad[b][0]), range.add(quad[b][1]);
+    }
     const Grid grid = choose_grid<C::bits, C::symmetric>(-warp_max(range.lo()), warp_max(range.hi()));
 
     int sum = 0, parity = 0;
+    load(next, 0);
     for (int first = 0; first < k_blocks; first += C::blocks, parity ^= 1) {
+#pragma unroll
+        for (int b = 0; b < C::blocks; b++) quad[b][0] = next[b][0], quad[b][1] = next[b][1];
+        load(next, first + C::blocks);
 #pragma unroll
         for (int b = 0; b < C::blocks; b++) {
             const int kb = first + b;
             if (kb >= k_blocks) break;
             unsigned word[2];
 #pragma unroll
-            for (int h = 0; h < 2; h++) word[h] = codes_of<C::bits>(values(source(kb, h)), source(kb, h), grid);
+            for (int h = 0; h < 2; h++) word[h] = codes_of<C::bits>(quad[b][h], source(kb, h), grid);
             const int block_sum = sum_of_bytes(word[0], sum_of_bytes(word[1], 0));
             sum += block_sum;
             if constexpr (C::group_sums) {
