@@ -47,7 +47,7 @@ class Tile:
         return -(-problem.row_tiles // (sms * self.blocks_per_sm))
 
     def pass_tiles(self, problem: Problem, sms: int) -> int:
-        """Row tiles whose sums the warps exchange at a time, up to 8, with a thread for every output unless it is one."""
+        """Row tiles whose sums meet at a time, up to 8, with a thread for every output unless it is one tile."""
         outputs = 16 * self.tokens(problem)
         sums = 2 * 4 * self.warps * outputs  # bytes
         rounds = self.rounds(problem, sms)

@@ -75,8 +75,8 @@ def _filled(tile: Tile, planes: int, x_planes: int | None = None) -> Tile | None
 
 
 def _fits_registers(tile: Tile, planes: int) -> bool:
-    """Whether a consumer's accumulators, planes and the rest fit what `wgmma_tile.cuh` deals it. The compiler also wants
-    one product to fit what a thread starts with.
+    """Whether a consumer's accumulators, planes and the rest fit the registers that `wgmma_tile.cuh` deals it. One
+    product must also fit what a thread starts with.
     """
     start = 65536 // tile.threads // 8 * 8
     dealt = (start * tile.threads - 24 * 128) // (tile.consumers * 128) // 8 * 8
