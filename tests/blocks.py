@@ -16,6 +16,7 @@ from abq_llm.calibration.block import BlockTask
 from abq_llm.calibration.blockwise import Calibration, capture
 from abq_llm.data import TokenSet
 from abq_llm.methods import Method
+from abq_llm.modules import adapt
 from abq_llm.quantizers import QParams
 from abq_llm.scheme import Scheme
 from tests.tiny import VOCAB
@@ -32,11 +33,12 @@ def calibration(samples: int = 16, seqlen: int = 32, seed: int = 1) -> TokenSet:
 def first_block(model: PreTrainedModel, scheme: str = "W4A8", samples: int = 4, **changes: Any) -> BlockTask:
     """The first block of an fp32 model on the CPU, as the driver would hand it to a method."""
     attention.register()
+    adapt(model)
     model.set_attn_implementation(attention.NAME)
-    architecture = architecture_of(model.config.model_type)
+    architecture = architecture_of(model.config)
     blocks = model.get_submodule(architecture.blocks)
     device = torch.device("cpu")
-    stream, call = capture(model, blocks[0], random_tokens(samples), Calibration(device))
+    stream, calls = capture(model, blocks, random_tokens(samples), Calibration(device))
     fields: dict[str, Any] = {
         "block": blocks[0],
         "index": 0,
@@ -45,7 +47,7 @@ def first_block(model: PreTrainedModel, scheme: str = "W4A8", samples: int = 4, 
         "scheme": Scheme.parse(scheme),
         "fp_stream": stream,
         "quantized_stream": stream.clone(),
-        "call": call,
+        "call": calls[0],
         "device": device,
         "storage_dtype": torch.float32,
         "scale_dtype": torch.float16,

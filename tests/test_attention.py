@@ -41,7 +41,7 @@ def test_without_a_format_it_is_sdpa(variant):
 def observe(model, tokens):
     """Of the first attention module: (query and key as they meet, values, what enters the output projection)."""
     module = attention.attention_modules(model)[0]
-    table = architecture_of(model.config.model_type)
+    table = architecture_of(model.config)
     block = model.get_submodule(table.blocks)[0]
     (pair,) = (pair for pair in table.pairs if isinstance(pair, ValueOutputPair))
     value, output = block.get_submodule(pair.value), block.get_submodule(pair.output)

@@ -257,7 +257,7 @@ def test_the_stream_comes_from_what_is_stored():
     """A method may leave in fp32 what bf16 does not hold: the next block must see it rounded, as it will be read."""
     model = tiny_model("qwen2", num_key_value_heads=2).bfloat16()
     block = model.model.layers[0]
-    _, call = capture(model, block, random_tokens(4, 16), Calibration(torch.device("cpu")))
+    _, (call, _) = capture(model, model.model.layers, random_tokens(4, 16), Calibration(torch.device("cpu")))
     streams, wanted = [], []
 
     def look(task, grids):

@@ -160,7 +160,7 @@ def test_symmetric_grids(method, variant):
     scheme = Scheme.parse("W4A6KV6", weight_symmetric=True, activation_symmetric=True)
     model = quantized(method, variant, scheme)
     linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    assert len(linears) == 2 * len(architecture_of(model.config.model_type).linears)
+    assert len(linears) == 2 * len(architecture_of(model.config).linears)
     assert all(module.weight_zero_point is None and module.scheme == scheme for module in linears)
     assert not torch.equal(logits(model), logits(quantized(method, variant, "W4A6KV6")))
     assert (logits(model) - logits(in_floats(model))).norm() < 0.05 * logits(model).norm()

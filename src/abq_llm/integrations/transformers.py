@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from abq_llm import attention
+from abq_llm.architectures import TABLES
 from abq_llm.checkpoint import (
     QUANT_METHOD,
     QuantizationConfig,
@@ -50,9 +51,13 @@ class AbqQuantizer(HfQuantizer):
     quantization_config: AbqConfig
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Leave attention alone where "abq" would break it: models with their own (Falcon), or beyond SDPA."""
+        """Leave attention alone where "abq" would break it: models with their own, or beyond SDPA. What the models
+        with a table do beyond it, "abq" does too.
+        """
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        able = model_class is None or (model_class._can_set_attn_implementation() and model_class._supports_sdpa)
+        able = model_class is None or (
+            model_class._can_set_attn_implementation() and (model_class._supports_sdpa or config.model_type in TABLES)
+        )
         if config._attn_implementation == attention.NAME and not able:
             config._attn_implementation = None
         return config
@@ -63,10 +68,10 @@ class AbqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config.parsed
+        replace_linears(model, config)
         used = model.config._attn_implementation
         if config.scheme.kv is not None and used != attention.NAME:
             raise AbqError(f"scheme {config.scheme} needs attn_implementation={attention.NAME!r}, not {used!r}")
-        replace_linears(model, config)
         if checkpoint_files:
             files = [Path(file) for file in checkpoint_files]
             check_tensors(model, read_headers(files), files[0].parent)
