@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abq_llm import attention
-from abq_llm.architectures import architecture_of
+from abq_llm.architectures import Rows, architecture_of
 from abq_llm.calibration.block import BlockTask
 from abq_llm.calibration.blockwise import Calibration, capture
 from abq_llm.data import TokenSet
@@ -57,6 +57,17 @@ def first_block(model: PreTrainedModel, scheme: str = "W4A8", samples: int = 4, 
         "report": lambda message, loss: None,
     }
     return BlockTask(**(fields | changes))
+
+
+def name_of(part: str | Rows) -> str:
+    """The module of a part."""
+    return part.linear if isinstance(part, Rows) else part
+
+
+def rows_of(block: nn.Module, part: str | Rows) -> list[int]:
+    """Which rows of its module a part is."""
+    rows = range(len(block.get_submodule(name_of(part)).weight))
+    return [row for row in rows if part.start <= row % part.period < part.stop] if isinstance(part, Rows) else [*rows]
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def test_the_stream_comes_from_what_is_stored():
 def test_capture_takes_what_enters_the_first_block():
     model = tiny_model()
     tokens = random_tokens(3, 16)
-    stream, call = capture(model, model.model.layers[0], tokens, Calibration(torch.device("cpu")))
+    stream, (call, _) = capture(model, model.model.layers, tokens, Calibration(torch.device("cpu")))
     assert stream.dtype == torch.float32 and torch.equal(stream, model.get_input_embeddings()(tokens))
     with torch.no_grad():
         expected = model(tokens, use_cache=False, output_hidden_states=True).hidden_states[1]

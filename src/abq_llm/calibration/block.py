@@ -150,12 +150,14 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
     """What the linears of the fp block see on `stream`; as "queries" and "keys", those that meet in attention."""
     peak: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
-    tokens, output = 0, torch.empty_like(stream)
+    tokens: dict[str, int] = {}
+    output = torch.empty_like(stream)
 
     def see(name: str, x: Tensor) -> None:
         x = x.float().reshape(-1, x.shape[-1])
         peak[name] = torch.maximum(peak[name], x.abs().amax(0)) if name in peak else x.abs().amax(0)
         energy[name] = energy.get(name, 0) + x.square().sum(0)
+        tokens[name] = tokens.get(name, 0) + len(x)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: see(name, args[0])
@@ -164,7 +166,6 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
     try:
         for part in task.batches(stream):
             hidden = stream[part].to(task.device)
-            tokens += hidden.shape[0] * hidden.shape[1]
             with record_attention(task.attention) as records:
                 output[part] = task.forward(hidden, quantized=False).float()
             for name, x in (("queries", records[0].query), ("keys", records[0].key)):
@@ -172,7 +173,7 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
     finally:
         for handle in handles:
             handle.remove()
-    return InputStatistics(peak, {name: total / tokens for name, total in energy.items()}, output)
+    return InputStatistics(peak, {name: total / tokens[name] for name, total in energy.items()}, output)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ class FalconAttention(modeling_falcon.FalconAttention):
         self,
         hidden_states: Tensor,
         alibi: Tensor | None,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor,
         layer_past: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
@@ -34,6 +34,8 @@ class FalconAttention(modeling_falcon.FalconAttention):
         query, key, value = (part.flatten(2, 3).transpose(1, 2) for part in heads.split([groups, 1, 1], 3))
         if alibi is None:
             query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
+        else:
+            attention_mask = attention_mask.to(query.dtype)  # calibration runs the blocks of a bf16 model in fp32
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         mixed, _ = attention(self, query, key, value, attention_mask)
