@@ -134,11 +134,12 @@ RECIPE = Path(__file__).parents[1] / "docs" / "adding-a-model.md"
 
 def test_the_recipe_followed_word_by_word(tmp_path, monkeypatch):
     """A package without Qwen3 refuses it; after the recipe's blocks, run in their order, it does all that is said."""
-    table, registration, variant, check = re.findall(r"```python\n(.*?)```", RECIPE.read_text(), re.DOTALL)
+    table, imported, entry, variant, check, fused = re.findall(r"```python\n(.*?)```", RECIPE.read_text(), re.DOTALL)
     package = Path(architectures.__file__).parent
     assert (package / "qwen3.py").read_text().partition("\n\n")[2] == table  # after the docstring
-    for line in registration.strip().splitlines():
-        assert line in (package / "__init__.py").read_text()
+    assert imported in (package / "__init__.py").read_text()
+    assert f"    {entry.strip()}\n" in (package / "__init__.py").read_text()
+    assert fused in (package / "phi3.py").read_text()
     assert f"    {variant.strip()}\n" in (Path(__file__).parent / "tiny.py").read_text()
 
     monkeypatch.delitem(TABLES, "qwen3")
@@ -148,10 +149,10 @@ def test_the_recipe_followed_word_by_word(tmp_path, monkeypatch):
         quantize(tiny_model(model_type, **overrides), "W4A8", "rtn", device="cpu")
     names = {}
     exec(table, names)
-    monkeypatch.setitem(sys.modules, "abq_llm.architectures.qwen3", SimpleNamespace(QWEN3=names["QWEN3"]))
-    names = vars(architectures).copy()
-    exec(registration, names)
-    monkeypatch.setattr(architectures, "TABLES", names["TABLES"])
+    monkeypatch.setitem(sys.modules, "abq_llm.architectures.qwen3", SimpleNamespace(QWEN3=names.pop("QWEN3")))
+    exec(imported, names)
+    (entries,) = [eval(f"{{{entry}}}", names)]
+    monkeypatch.setitem(TABLES, "qwen3", entries["qwen3"])
     monkeypatch.chdir(tmp_path)
     exec(check, {"model": tiny_model(model_type, **overrides)})
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -31,12 +31,16 @@ MODEST = {("smoothquant", "W2*A8g32")}
 ROUNDS = {"gptq"}  # rounds the weights itself: without quantizers its block is another function
 
 CORE = ["llama", "llama-gqa-tied", "qwen3", "opt"]  # the variants on which every scheme and detail is tried
-SCHEMES = {variant: ["W4A4", "W2*A8g32", "W4A4KV4", "W3A16"] if variant in CORE else ["W4A4KV4"] for variant in VARIANTS}
+SCHEMES = {
+    variant: ["W4A4", "W2*A8g32", "W4A4KV4", "W3A16"] if variant in CORE else ["W4A4KV4"] for variant in VARIANTS
+}
 
 methods = pytest.mark.parametrize("method", METHODS)
 core = pytest.mark.parametrize("variant", CORE)
 families = pytest.mark.parametrize("variant", VARIANTS)
-schemes = pytest.mark.parametrize(("variant", "scheme"), [(v, scheme) for v, tried in SCHEMES.items() for scheme in tried])
+schemes = pytest.mark.parametrize(
+    ("variant", "scheme"), [(v, scheme) for v, tried in SCHEMES.items() for scheme in tried]
+)
 
 
 def original(variant):

@@ -72,10 +72,12 @@ def test_a_checkpoint_has_the_names_of_mixtrals_own(tmp_path):
     quantize(model, "W4A8g32", "rtn", device="cpu")
     checkpoint.save(model, tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        names = {name for name in file.keys() if ".layers.0.block" in name}  # noqa: SIM118: it is no dict
+        names = {name for name in file.keys() if ".layers.0.block" in name}  # noqa: SIM118
         router = file.get_tensor("model.layers.0.block_sparse_moe.gate.weight")
     tensors = ("weight_packed", "weight_scale", "weight_zero_point")
-    linears = {f"experts.{index}.{name}.{tensor}" for index in range(4) for name in ("w1", "w2", "w3") for tensor in tensors}
+    linears = {
+        f"experts.{index}.{name}.{tensor}" for index in range(4) for name in ("w1", "w2", "w3") for tensor in tensors
+    }
     assert names == {f"model.layers.0.block_sparse_moe.{name}" for name in {"gate.weight", *linears}}
     original = tiny_model(model_type, **overrides).bfloat16().model.layers[0].mlp.gate.weight
     assert router.dtype == torch.bfloat16 and torch.equal(router, original)

@@ -25,7 +25,7 @@ def rare_experts_shown_all(task: BlockTask) -> Iterator[None]:
         yield
         return
     counts = [routed_tokens(task, experts, stream) for stream in (task.fp_stream, task.quantized_stream)]
-    inputs, tokens = experts[0].w1.in_features, task.fp_stream[..., 0].numel()
+    inputs, tokens = experts.in_features, task.fp_stream[..., 0].numel()
     rare = {index: count for index, count in enumerate(torch.stack(counts).amin(0).tolist()) if count < inputs}
     if rare:
         listing = ", ".join(f"{index} ({count})" for index, count in rare.items())

@@ -49,7 +49,7 @@ def reconstruct(
         loss: those tensors -> scalar.
         training, held_out: sample indices, int64. A last short batch of a shuffled epoch is left out.
         report: called with (epoch, held-out loss).
-        graphs: on a GPU, capture steps into CUDA graphs. The loss must not look at values then; routing to experts does.
+        graphs: on a GPU, capture steps into CUDA graphs. Then the loss must not look at values, as routing does.
 
     A held-out loss that is not finite ends the training; the best state so far is kept.
     """

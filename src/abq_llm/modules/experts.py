@@ -34,6 +34,11 @@ class LinearExperts(nn.ModuleList):
         weights = zip(fused.gate_up_proj, fused.down_proj, strict=True)
         super().__init__(Expert(fused.act_fn, gate_up, down) for gate_up, down in weights)
 
+    @property
+    def in_features(self) -> int:
+        """H."""
+        return self.get_parameter("0.w1.weight").shape[1]
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, H], top_k_index and top_k_weights [tokens, k] -> [tokens, H]."""
         total = torch.zeros_like(hidden_states)

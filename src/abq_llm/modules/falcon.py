@@ -14,17 +14,22 @@ from abq_llm.attention import attention
 class FalconAttention(modeling_falcon.FalconAttention):
     """As its parent, for inference; keys and values are cached once for all query heads that they serve."""
 
+    num_kv_heads: int
+
     @property
     def num_key_value_groups(self) -> int:
         """How many query heads share a key head."""
-        return int(self.num_heads // self.num_kv_heads)
+        return self.num_heads // self.num_kv_heads
 
     def forward(
         self,
         hidden_states: Tensor,
         alibi: Tensor | None,
         attention_mask: Tensor,
+        position_ids: Tensor | None = None,
         layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -33,6 +38,7 @@ class FalconAttention(modeling_falcon.FalconAttention):
         heads = self.query_key_value(hidden_states).unflatten(-1, (self.num_kv_heads, groups + 2, self.head_dim))
         query, key, value = (part.flatten(2, 3).transpose(1, 2) for part in heads.split([groups, 1, 1], 3))
         if alibi is None:
+            assert position_embeddings is not None
             query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
         else:
             attention_mask = attention_mask.to(query.dtype)  # calibration runs the blocks of a bf16 model in fp32
