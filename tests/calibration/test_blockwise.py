@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from abq_llm import checkpoint
+from abq_llm.architectures import architecture_of
 from abq_llm.calibration import blockwise
 from abq_llm.calibration.blockwise import Calibration, capture
 from abq_llm.errors import AbqError
@@ -283,6 +284,28 @@ def test_capture_takes_what_enters_the_first_block():
         expected = model(tokens, use_cache=False, output_hidden_states=True).hidden_states[1]
         torch.testing.assert_close(model.model.layers[0](stream, **call), expected, rtol=1e-5, atol=1e-5)
     assert not model.model.layers[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "falcon-rw", "mistral"])
+@torch.no_grad()
+def test_each_block_is_called_as_in_the_model(variant):
+    """Layers of one model differ in their windows and their RoPE."""
+    model_type, overrides = VARIANTS[variant]
+    model = tiny_model(model_type, num_hidden_layers=3, **overrides)
+    blocks = model.get_submodule(architecture_of(model.config).blocks)
+    _, calls = capture(model, blocks, random_tokens(2, 16), Calibration(torch.device("cpu")))
+    assert not any(block._forward_pre_hooks or "forward" in vars(block) for block in blocks)
+    expected = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args, kwargs: expected.append(kwargs), with_kwargs=True)
+    model(random_tokens(1, 16), use_cache=False)
+    masks = [call["attention_mask"] for call in calls]
+    for call, kwargs, mask in zip(calls, expected, masks, strict=True):
+        assert call.keys() == kwargs.keys()
+        torch.testing.assert_close(mask, kwargs["attention_mask"], rtol=0, atol=0)
+        torch.testing.assert_close(call["position_embeddings"], kwargs["position_embeddings"], rtol=0, atol=0)
+    assert torch.equal(masks[0], masks[2])
+    assert masks[1] is None if variant == "gemma3" else torch.equal(masks[0], masks[1])  # None: causal, no window
 
 
 def test_the_model_keeps_its_dtype_and_everything_outside_the_blocks():

@@ -70,9 +70,12 @@ def test_a_checkpoint_has_the_names_of_mixtrals_own(tmp_path):
     model_type, overrides = VARIANTS["mixtral"]
     model = tiny_model(model_type, **overrides).bfloat16()
     quantize(model, "W4A8g32", "rtn", device="cpu")
-    checkpoint.save(model, tmp_path / "out")
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        names = {name for name in file.keys() if ".layers.0.block" in name}  # noqa: SIM118
+    checkpoint.save(model, tmp_path / "first")
+    checkpoint.load(tmp_path / "first")[0].save_pretrained(tmp_path / "again")
+    all_names = [safe_open(tmp_path / out / "model.safetensors", "pt").keys() for out in ("first", "again")]
+    assert all_names[0] == all_names[1]
+    with safe_open(tmp_path / "first" / "model.safetensors", "pt") as file:
+        names = {name for name in all_names[0] if ".layers.0.block" in name}
         router = file.get_tensor("model.layers.0.block_sparse_moe.gate.weight")
     tensors = ("weight_packed", "weight_scale", "weight_zero_point")
     linears = {

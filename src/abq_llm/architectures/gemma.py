@@ -1,7 +1,7 @@
 """Gemma 2 and 3 (text): LLaMA's linears between norms before and after attention and MLP, which multiply by 1 + weight.
 
-No scale passes through the norms behind attention and MLP: they come before the residual sum and undo any scale of
-what they are given. Gemma 2 caps attention scores (tanh): queries and keys still meet only in their product.
+No scale passes the norms behind attention and MLP: one per channel would change the mean square that they divide by.
+Gemma 2 caps attention scores (tanh): queries and keys still meet only in their product.
 """
 
 from __future__ import annotations

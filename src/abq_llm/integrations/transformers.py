@@ -24,6 +24,7 @@ from abq_llm.checkpoint import (
     replace_linears,
 )
 from abq_llm.errors import AbqError
+from abq_llm.modules import LinearExperts
 
 
 class AbqConfig(QuantizationConfigMixin):
@@ -69,12 +70,24 @@ class AbqQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config.parsed
         replace_linears(model, config)
+        self.separate_experts = any(isinstance(module, LinearExperts) for module in model.modules())
         used = model.config._attn_implementation
         if config.scheme.kv is not None and used != attention.NAME:
             raise AbqError(f"scheme {config.scheme} needs attn_implementation={attention.NAME!r}, not {used!r}")
         if checkpoint_files:
             files = [Path(file) for file in checkpoint_files]
             check_tensors(model, read_headers(files), files[0].parent)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Read experts as they are stored, one by one: Transformers would fuse them, and before 5.23 even try it on
+        packed tensors.
+        """
+        kept = [
+            conversion
+            for conversion in weight_conversions
+            if not (self.separate_experts and any(".experts." in name for name in conversion.source_patterns))
+        ]
+        return super().update_weight_conversions(kept, *args)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         attention.set_kv_format(model, self.quantization_config.parsed.scheme.kv)
