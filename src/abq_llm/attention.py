@@ -50,14 +50,17 @@ def attention(
     """query [B, heads, T, d], key and value [B, kv_heads, S, d] -> [B, T, heads, d]."""
     fmt: IntFormat | None = getattr(module, "kv_format", None)
     key, value = fake_quantize_dynamic(key, fmt), fake_quantize_dynamic(value, fmt)
-    usual, scaling = query.shape[-1] ** -0.5, kwargs.get("scaling")
-    scaled = query if scaling in (None, usual) else query * (scaling / usual)
-    if (records := getattr(module, "attention_records", None)) is not None:
-        records.append(AttentionRecord(scaled, key, attention_mask, softcap))
-    if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    probabilities = attention_scores(scaled, key, attention_mask, softcap).softmax(-1).to(value.dtype)
-    return (probabilities @ _repeat(value, query)).transpose(1, 2).contiguous(), None
+    records = getattr(module, "attention_records", None)
+    if records is not None or softcap is not None:
+        usual, scaling = query.shape[-1] ** -0.5, kwargs.get("scaling")
+        scaled = query if scaling in (None, usual) else query * (scaling / usual)
+        record = AttentionRecord(scaled, key, attention_mask, softcap)
+        if records is not None:
+            records.append(record)
+        if softcap is not None:
+            probabilities = attention_scores(*record).softmax(-1).to(value.dtype)
+            return (probabilities @ _repeat(value, query)).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def attention_scores(

@@ -139,6 +139,7 @@ def capture(
 
     handles = [block.register_forward_pre_hook(before(i), with_kwargs=True) for i, block in enumerate(blocks)]
     handles.append(blocks[0].register_forward_hook(lambda module, args, output: outputs.append(output)))
+    own_forwards = [vars(block).get("forward") for block in blocks[1:]]  # Accelerate's, if it moves blocks around
     for block in blocks[1:]:  # only their arguments are wanted: what they put out need only look right
         block.forward = lambda *args, **kwargs: outputs[0]
     home = next(model.parameters()).device
@@ -149,8 +150,10 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-        for block in blocks[1:]:
+        for block, own in zip(blocks[1:], own_forwards, strict=True):
             del block.forward
+            if own is not None:
+                block.forward = own
     place, offload = settings.device, settings.offload
     if offload is None and place.type == "cuda":
         size = sum(h.numel() for h in hidden) * 4
@@ -228,6 +231,4 @@ def _to(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, (tuple, list)):
         return type(value)(_to(item, device) for item in value)
-    if isinstance(value, dict):
-        return {name: _to(item, device) for name, item in value.items()}
     return value

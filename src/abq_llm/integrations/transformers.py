@@ -49,6 +49,7 @@ class AbqQuantizer(HfQuantizer):
     """Puts empty `QuantLinear` modules into a model on meta and checks the files that Transformers is about to read."""
 
     requires_calibration = True
+    separate_experts = False
     quantization_config: AbqConfig
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -107,8 +107,8 @@ class Awq:
 
 def inputs(task: BlockTask, count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Of each linear of the fp block on the fp stream: inputs fp32 [tokens, K], at most `count` tokens of all, the same
-    for all linears that see them all, and as small a share for experts; and the sum of |x| of each channel over all
-    tokens, over their number, fp32 [K].
+    for all linears that see them all, and as small a share of an expert's; and the sum of |x| of each channel, divided
+    by the number of all tokens, fp32 [K].
     """
     stream = task.fp_stream
     samples, seqlen = stream.shape[:2]
