@@ -121,12 +121,11 @@ def test_a_family_goes_the_whole_way(method, variant, tmp_path):
     checkpoint.save(model, tmp_path / "out")
     prompt, settings = random_tokens(1, 8), {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = model.generate(prompt, pad_token_id=0, **settings)
+    ours, theirs = abq_llm.load(tmp_path / "out")[0], AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         logits = model(prompt).logits
-        for loaded in (abq_llm.load(tmp_path / "out")[0], AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
-            assert torch.equal(loaded(prompt).logits, logits)
-            assert torch.equal(loaded.generate(prompt, pad_token_id=0, **settings), expected)
-    assert expected.shape == (1, 14)
+        assert torch.equal(ours(prompt).logits, logits) and torch.equal(theirs(prompt).logits, logits)
+    assert expected.shape == (1, 14) and torch.equal(theirs.generate(prompt, pad_token_id=0, **settings), expected)
 
 
 RECIPE = Path(__file__).parents[1] / "docs" / "adding-a-model.md"

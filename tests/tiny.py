@@ -30,7 +30,11 @@ LLAMA3_ROPE = {
 }
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 SEQUENTIAL = {"multi_query": False, "parallel_attn": False}
-SOFTCAPS = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 8.0}
+SOFTCAPS = {
+    "attn_logit_softcapping": 4.0,
+    "final_logit_softcapping": 8.0,
+    "attn_implementation": "eager",  # the default of old Transformers is SDPA, which has no caps
+}
 EVERY_SECOND_FULL = {"sliding_window_pattern": 2}
 
 # What a method or a backend has to get right, as (model_type, overrides): pytest.mark.parametrize over its items.

@@ -286,11 +286,23 @@ def test_capture_takes_what_enters_the_first_block():
     assert not model.model.layers[0]._forward_pre_hooks
 
 
-@pytest.mark.parametrize("variant", ["gemma3", "falcon-rw", "mistral"])
+QWEN2_MIXED = ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1})
+
+
+@pytest.mark.parametrize(
+    ("variant", "windows"),
+    [
+        (VARIANTS["gemma3"], [8, None, 8]),
+        (QWEN2_MIXED, [None, 8, 8]),
+        (VARIANTS["mistral"], [8, 8, 8]),
+        (VARIANTS["falcon-rw"], [16, 16, 16]),  # ALiBi is in the mask
+    ],
+    ids=["gemma3", "qwen2", "mistral", "falcon-rw"],
+)
 @torch.no_grad()
-def test_each_block_is_called_as_in_the_model(variant):
+def test_each_block_is_called_as_in_the_model(variant, windows):
     """Layers of one model differ in their windows and their RoPE."""
-    model_type, overrides = VARIANTS[variant]
+    model_type, overrides = variant
     model = tiny_model(model_type, num_hidden_layers=3, **overrides)
     blocks = model.get_submodule(architecture_of(model.config).blocks)
     _, calls = capture(model, blocks, random_tokens(2, 16), Calibration(torch.device("cpu")))
@@ -299,13 +311,15 @@ def test_each_block_is_called_as_in_the_model(variant):
     for block in blocks:
         block.register_forward_pre_hook(lambda module, args, kwargs: expected.append(kwargs), with_kwargs=True)
     model(random_tokens(1, 16), use_cache=False)
-    masks = [call["attention_mask"] for call in calls]
-    for call, kwargs, mask in zip(calls, expected, masks, strict=True):
+    for call, kwargs, window in zip(calls, expected, windows, strict=True):
         assert call.keys() == kwargs.keys()
+        mask = call["attention_mask"]
         torch.testing.assert_close(mask, kwargs["attention_mask"], rtol=0, atol=0)
         torch.testing.assert_close(call["position_embeddings"], kwargs["position_embeddings"], rtol=0, atol=0)
-    assert torch.equal(masks[0], masks[2])
-    assert masks[1] is None if variant == "gemma3" else torch.equal(masks[0], masks[1])  # None: causal, no window
+        assert (mask is None) == (window is None)  # None: causal
+        if mask is not None:
+            seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] >= 0
+            assert seen.sum(1).tolist() == [min(row + 1, window) for row in range(16)]
 
 
 def test_the_model_keeps_its_dtype_and_everything_outside_the_blocks():
