@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abq_llm import attention
-from abq_llm.architectures import architecture_of
+from abq_llm.architectures import Rows, architecture_of
 from abq_llm.calibration.block import BlockTask
 from abq_llm.calibration.blockwise import Calibration, capture
 from abq_llm.data import TokenSet
 from abq_llm.methods import Method
+from abq_llm.modules import adapt
 from abq_llm.quantizers import QParams
 from abq_llm.scheme import Scheme
 from tests.tiny import VOCAB
@@ -32,11 +33,12 @@ def calibration(samples: int = 16, seqlen: int = 32, seed: int = 1) -> TokenSet:
 def first_block(model: PreTrainedModel, scheme: str = "W4A8", samples: int = 4, **changes: Any) -> BlockTask:
     """The first block of an fp32 model on the CPU, as the driver would hand it to a method."""
     attention.register()
+    adapt(model)
     model.set_attn_implementation(attention.NAME)
-    architecture = architecture_of(model.config.model_type)
+    architecture = architecture_of(model.config)
     blocks = model.get_submodule(architecture.blocks)
     device = torch.device("cpu")
-    stream, call = capture(model, blocks[0], random_tokens(samples), Calibration(device))
+    stream, calls = capture(model, blocks, random_tokens(samples), Calibration(device))
     fields: dict[str, Any] = {
         "block": blocks[0],
         "index": 0,
@@ -45,7 +47,7 @@ def first_block(model: PreTrainedModel, scheme: str = "W4A8", samples: int = 4, 
         "scheme": Scheme.parse(scheme),
         "fp_stream": stream,
         "quantized_stream": stream.clone(),
-        "call": call,
+        "call": calls[0],
         "device": device,
         "storage_dtype": torch.float32,
         "scale_dtype": torch.float16,
@@ -55,6 +57,17 @@ def first_block(model: PreTrainedModel, scheme: str = "W4A8", samples: int = 4, 
         "report": lambda message, loss: None,
     }
     return BlockTask(**(fields | changes))
+
+
+def name_of(part: str | Rows) -> str:
+    """The module of a part."""
+    return part.linear if isinstance(part, Rows) else part
+
+
+def rows_of(block: nn.Module, part: str | Rows) -> list[int]:
+    """Which rows of its module a part is."""
+    rows = range(len(block.get_submodule(name_of(part)).weight))
+    return [row for row in rows if part.start <= row % part.period < part.stop] if isinstance(part, Rows) else [*rows]
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,23 @@ import torch
 
 from abq_llm import attention
 from abq_llm.architectures import ValueOutputPair, architecture_of
+from abq_llm.modules import adapt
 from abq_llm.quantizers import fake_quantize_dynamic
 from abq_llm.scheme import IntFormat, Scheme
 from tests import oracle
-from tests.blocks import random_tokens
+from tests.blocks import name_of, random_tokens, rows_of
 from tests.tiny import VARIANTS, tiny_model
 
 KV4 = Scheme.parse("W4A4KV4").kv
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
-def model_of(variant, implementation=attention.NAME):
+def model_of(variant):
     attention.register()
     model_type, overrides = variant
     model = tiny_model(model_type, **overrides)
-    model.set_attn_implementation(implementation)
+    adapt(model)
+    model.set_attn_implementation(attention.NAME)
     return model
 
 
@@ -28,33 +30,58 @@ def logits(model, tokens, **kwargs):
 
 
 @variants
-def test_without_a_format_it_is_sdpa(variant):
+def test_without_a_format_it_is_the_models_own(variant):
+    """Which is SDPA, bit by bit, but for Falcon (of other shapes) and Gemma 2 (eager)."""
+    model_type, overrides = variant
     tokens = random_tokens(3, 20)
     mask = torch.ones_like(tokens)
     mask[0, :5] = 0  # left padding
     for kwargs in ({"use_cache": False}, {"attention_mask": mask}):
-        expected = logits(model_of(variant, "sdpa"), tokens, **kwargs)
-        assert torch.equal(logits(model_of(variant), tokens, **kwargs), expected)
+        expected = logits(tiny_model(model_type, **overrides), tokens, **kwargs)
+        ours = logits(model_of(variant), tokens, **kwargs)
+        if model_type in ("falcon", "gemma2", "mixtral"):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "falcon-rw"])  # eager Falcon adds ALiBi twice
+@torch.no_grad()
+def test_the_scores_are_the_logarithms_of_the_models_own_map(name):
+    """With its windows and caps, in every layer."""
+    variant = VARIANTS[name]
+    model_type, overrides = variant
+    tokens = random_tokens(2, 12)
+    eager = tiny_model(model_type, **overrides)
+    eager.config._attn_implementation = "eager"
+    expected = eager(tokens, use_cache=False, output_attentions=True).attentions
+    model = model_of(variant)
+    for module, attention_map in zip(attention.attention_modules(model), expected, strict=True):
+        with attention.record_attention(module) as records:
+            model(tokens, use_cache=False)
+        rows = torch.tensor([11, 4, 0])
+        ours = attention.attention_scores(*records[0], rows=rows).softmax(-1)
+        torch.testing.assert_close(ours, attention_map[:, :, rows], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def observe(model, tokens):
     """Of the first attention module: (query and key as they meet, values, what enters the output projection)."""
     module = attention.attention_modules(model)[0]
-    table = architecture_of(model.config.model_type)
+    table = architecture_of(model.config)
     block = model.get_submodule(table.blocks)[0]
     (pair,) = (pair for pair in table.pairs if isinstance(pair, ValueOutputPair))
-    value, output = block.get_submodule(pair.value), block.get_submodule(pair.output)
-    seen = {}
+    value, output = block.get_submodule(name_of(pair.value)), block.get_submodule(pair.output)
+    rows, seen = rows_of(block, pair.value), {}
     hooks = [
-        value.register_forward_hook(lambda _, args, output: seen.update(value=output)),
+        value.register_forward_hook(lambda _, args, output: seen.update(value=output[..., rows])),
         output.register_forward_pre_hook(lambda _, args: seen.update(mixed=args[0])),
     ]
     with attention.record_attention(module) as records:
         model(tokens, use_cache=False)
     for hook in hooks:
         hook.remove()
-    ((query, key),) = records
+    ((query, key, _, _),) = records
     assert not hasattr(module, "attention_records")
     return query, key, seen["value"], seen["mixed"]
 
@@ -77,9 +104,21 @@ def test_keys_and_values_are_quantized_per_token_and_head_after_rope(variant, fm
     quantized_value = explicitly_quantized(value.unflatten(-1, (-1, key.shape[-1])).transpose(1, 2), fmt)
     repeats = query.shape[1] // key.shape[1]
     scores = query @ quantized_key.repeat_interleave(repeats, 1).transpose(-1, -2) / key.shape[-1] ** 0.5
-    weights = scores.masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf).softmax(-1)
+    if (cap := getattr(model.config, "attn_logit_softcapping", None)) is not None:
+        scores = cap * torch.tanh(scores / cap)
+    if getattr(model.config, "alibi", False):
+        scores += alibi(12)
+    window = getattr(model.config, "sliding_window", None) or 12
+    unseen = torch.ones(12, 12).triu(1) + torch.ones(12, 12).tril(-window)
+    weights = scores.masked_fill(unseen.bool(), -torch.inf).softmax(-1)
     expected = (weights @ quantized_value.repeat_interleave(repeats, 1)).transpose(1, 2).flatten(2)
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
+
+
+def alibi(tokens):
+    """[4 heads, tokens, tokens]: 2^-2, 2^-4, 2^-6, 2^-8 for each step ahead, over sqrt(d) as Falcon has it."""
+    slopes = 2.0 ** -torch.tensor([2.0, 4, 6, 8])
+    return slopes[:, None, None] * torch.arange(tokens) / 4
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from abq_llm import attention, kernels
 from abq_llm.errors import AbqError
 from abq_llm.linear import QuantLinear, set_backend
+from abq_llm.modules import adapt
 from abq_llm.scheme import Scheme
 
 QUANT_METHOD = "abq"
@@ -297,12 +298,14 @@ def read_config(directory: Path) -> QuantizationConfig:
     return QuantizationConfig.from_dict(values["quantization_config"], f"{path}: quantization_config")
 
 
-def replace_linears(model: nn.Module, config: QuantizationConfig) -> None:
-    """Put an empty `QuantLinear` on the meta device in place of every nn.Linear that `config` does not leave out.
+def replace_linears(model: PreTrainedModel, config: QuantizationConfig) -> None:
+    """Put an empty `QuantLinear` on the meta device in place of every nn.Linear that `config` does not leave out, once
+    the model has the modules of `modules`.
 
     Raises:
         AbqError: `config` leaves out a module that is not there.
     """
+    adapt(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in config.modules_to_not_convert:
         if linears.pop(name, None) is None:

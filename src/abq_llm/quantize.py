@@ -24,6 +24,7 @@ from abq_llm.devices import pick_device
 from abq_llm.errors import AbqError
 from abq_llm.linear import QuantLinear
 from abq_llm.methods import Method, method_by_name
+from abq_llm.modules import adapt
 from abq_llm.scheme import Scheme
 from abq_llm.version import __version__
 
@@ -109,6 +110,7 @@ def quantize(
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
     attention.register()
+    adapt(model)
     model.set_attn_implementation(attention.NAME)
     losses = list(
         quantize_blocks(model, architecture, scheme, method, tokens, settings, work_dir, progress or (lambda *_: None))
@@ -133,12 +135,7 @@ def check_model(model: PreTrainedModel, scheme: Scheme) -> Architecture:
     """
     if scheme.weight is None:
         raise AbqError(f"scheme {scheme}: W16 leaves nothing to pack; choose W1..W8")
-    architecture = architecture_of(model.config.model_type)
-    for name, value in architecture.requires:
-        if (found := getattr(model.config, name)) != value:
-            raise AbqError(
-                f"unsupported variant of {model.config.model_type!r}: {name} is {found!r}, supported is {value!r}"
-            )
+    architecture = architecture_of(model.config)
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise AbqError("the model is quantized already; quantize the original")
     for name, parameter in model.named_parameters():

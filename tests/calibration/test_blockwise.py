@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from abq_llm import checkpoint
+from abq_llm.architectures import architecture_of
 from abq_llm.calibration import blockwise
 from abq_llm.calibration.blockwise import Calibration, capture
 from abq_llm.errors import AbqError
@@ -257,7 +258,7 @@ def test_the_stream_comes_from_what_is_stored():
     """A method may leave in fp32 what bf16 does not hold: the next block must see it rounded, as it will be read."""
     model = tiny_model("qwen2", num_key_value_heads=2).bfloat16()
     block = model.model.layers[0]
-    _, call = capture(model, block, random_tokens(4, 16), Calibration(torch.device("cpu")))
+    _, (call, _) = capture(model, model.model.layers, random_tokens(4, 16), Calibration(torch.device("cpu")))
     streams, wanted = [], []
 
     def look(task, grids):
@@ -277,12 +278,48 @@ def test_the_stream_comes_from_what_is_stored():
 def test_capture_takes_what_enters_the_first_block():
     model = tiny_model()
     tokens = random_tokens(3, 16)
-    stream, call = capture(model, model.model.layers[0], tokens, Calibration(torch.device("cpu")))
+    stream, (call, _) = capture(model, model.model.layers, tokens, Calibration(torch.device("cpu")))
     assert stream.dtype == torch.float32 and torch.equal(stream, model.get_input_embeddings()(tokens))
     with torch.no_grad():
         expected = model(tokens, use_cache=False, output_hidden_states=True).hidden_states[1]
         torch.testing.assert_close(model.model.layers[0](stream, **call), expected, rtol=1e-5, atol=1e-5)
     assert not model.model.layers[0]._forward_pre_hooks
+
+
+QWEN2_MIXED = ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1})
+
+
+@pytest.mark.parametrize(
+    ("variant", "windows"),
+    [
+        (VARIANTS["gemma3"], [8, None, 8]),
+        (QWEN2_MIXED, [None, 8, 8]),
+        (VARIANTS["mistral"], [8, 8, 8]),
+        (VARIANTS["falcon-rw"], [16, 16, 16]),  # ALiBi is in the mask
+    ],
+    ids=["gemma3", "qwen2", "mistral", "falcon-rw"],
+)
+@torch.no_grad()
+def test_each_block_is_called_as_in_the_model(variant, windows):
+    """Layers of one model differ in their windows and their RoPE."""
+    model_type, overrides = variant
+    model = tiny_model(model_type, num_hidden_layers=3, **overrides)
+    blocks = model.get_submodule(architecture_of(model.config).blocks)
+    _, calls = capture(model, blocks, random_tokens(2, 16), Calibration(torch.device("cpu")))
+    assert not any(block._forward_pre_hooks or "forward" in vars(block) for block in blocks)
+    expected = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args, kwargs: expected.append(kwargs), with_kwargs=True)
+    model(random_tokens(1, 16), use_cache=False)
+    for call, kwargs, window in zip(calls, expected, windows, strict=True):
+        assert call.keys() == kwargs.keys()
+        mask = call["attention_mask"]
+        torch.testing.assert_close(mask, kwargs["attention_mask"], rtol=0, atol=0)
+        torch.testing.assert_close(call["position_embeddings"], kwargs["position_embeddings"], rtol=0, atol=0)
+        assert (mask is None) == (window is None)  # None: causal
+        if mask is not None:
+            seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] >= 0
+            assert seen.sum(1).tolist() == [min(row + 1, window) for row in range(16)]
 
 
 def test_the_model_keeps_its_dtype_and_everything_outside_the_blocks():

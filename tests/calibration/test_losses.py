@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from abq_llm.calibration.losses import akl_loss, attention_log_map, dlc_loss, relative_mse
+from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -43,8 +43,8 @@ def test_relative_mse_is_the_formula():
     assert relative_mse(output, torch.zeros_like(target)).isfinite()
 
 
-def naive_maps(query, key):
-    """[batch][head][row] -> the probabilities of positions 0..row, as Python numbers."""
+def naive_maps(query, key, window=99, softcap=None):
+    """[batch][head][row] -> the probabilities of the last `window` of positions 0..row, as Python numbers."""
     query, key = query.double(), key.double()
     heads, group = query.shape[1], query.shape[1] // key.shape[1]
     maps = []
@@ -52,15 +52,17 @@ def naive_maps(query, key):
         maps.append([])
         for head in range(heads):
             scores = [[float(a @ b) / math.sqrt(len(a)) for b in k[head // group]] for a in q[head]]
-            rows = [[math.exp(s) for s in row[: t + 1]] for t, row in enumerate(scores)]
+            if softcap:
+                scores = [[softcap * math.tanh(s / softcap) for s in row] for row in scores]
+            rows = [[math.exp(s) for s in row[max(t + 1 - window, 0) : t + 1]] for t, row in enumerate(scores)]
             maps[-1].append([[e / sum(row) for e in row] for row in rows])
     return maps
 
 
-def naive_akl(student, teacher, rows):
+def naive_akl(student, teacher, rows, **shape):
     """(mean over batch, heads and rows of KL both ways, the largest mean of one head)."""
     heads = []
-    for ours, theirs in zip(naive_maps(*student), naive_maps(*teacher), strict=True):
+    for ours, theirs in zip(naive_maps(*student, **shape), naive_maps(*teacher, **shape), strict=True):
         for our_head, their_head in zip(ours, theirs, strict=True):
             total = 0.0
             for row in rows:
@@ -80,11 +82,18 @@ def test_akl_is_both_divergences_of_every_head(kv_heads, rows):
     assert (expected > 0.5) == (rows != [0])  # the first row attends to one token
 
 
-def test_the_map_is_causal_and_sums_to_one():
-    log_map = attention_log_map(draw(1, 4, 7, 8), draw(1, 2, 7, 8, seed=1), torch.tensor([5, 1]))
-    assert log_map.shape == (1, 4, 2, 7)
-    assert (log_map[..., 0, 6] == -torch.inf).all() and (log_map[..., 1, 2:] == -torch.inf).all()
-    torch.testing.assert_close(log_map.exp().sum(-1), torch.ones(1, 4, 2))
+@pytest.mark.parametrize("additive", [False, True])
+def test_akl_is_of_the_maps_that_the_block_computes(additive):
+    """Through a sliding window and under a softcap, as in Gemma 2."""
+    student = draw(2, 4, 7, 8, scale=2.0), draw(2, 2, 7, 8, seed=1)
+    teacher = draw(2, 4, 7, 8, seed=2), draw(2, 2, 7, 8, seed=3)
+    mask = torch.ones(7, 7).tril().triu(-2).bool()[None, None]
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    expected, _ = naive_akl(student, teacher, [6, 2, 4], window=3, softcap=1.5)
+    others = [naive_akl(student, teacher, [6, 2, 4], **shape)[0] for shape in ({"window": 3}, {"softcap": 1.5})]
+    assert float(akl_loss(student, teacher, torch.tensor([6, 2, 4]), mask, 1.5)) == pytest.approx(expected, rel=1e-4)
+    assert min(abs(other - expected) for other in others) > 0.1
 
 
 def test_akl_is_zero_for_equal_maps():

@@ -97,10 +97,11 @@ def test_transformers_alone_stops(directory: Path) -> None:
     assert 'ValueError: Specified `attn_implementation="abq"` is not supported' in ran.stderr
 
 
-@pytest.mark.parametrize("model_type", ["falcon", "bloom"])
-def test_models_with_their_own_attention_keep_it(tmp_path: Path, model_type: str) -> None:
-    sizes = {"n_layer": 2, "n_head": 4} if model_type == "bloom" else {}
-    model = packed_model("W4A8g32", model_type=model_type, **sizes)
+BLOOM = {"model_type": "bloom", "n_layer": 2, "n_head": 4}
+
+
+def test_models_with_their_own_attention_keep_it(tmp_path: Path) -> None:
+    model = packed_model("W4A8g32", **BLOOM)
     checkpoint.save(model, tmp_path / "out")
     loaded, _ = checkpoint.load(tmp_path / "out")
     ids = torch.randint(VOCAB, (1, 12))
@@ -109,7 +110,7 @@ def test_models_with_their_own_attention_keep_it(tmp_path: Path, model_type: str
 
 
 def test_a_cache_scheme_is_refused_for_models_with_their_own_attention(tmp_path: Path) -> None:
-    checkpoint.save(packed_model("W4A8KV4", model_type="falcon"), tmp_path / "out")
+    checkpoint.save(packed_model("W4A8KV4", **BLOOM), tmp_path / "out")
     with pytest.raises(AbqError, match="W4A8KV4 needs attn_implementation='abq'"):
         checkpoint.load(tmp_path / "out")
 

@@ -20,7 +20,7 @@ def pairs_of(task):
     return [pair for pair in task.architecture.pairs if isinstance(pair, NormPair)]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_columns_are_multiplied_by_the_papers_formula(variant, alpha):
     model_type, overrides = VARIANTS[variant]
@@ -31,15 +31,15 @@ def test_the_columns_are_multiplied_by_the_papers_formula(variant, alpha):
     after = block_parameters(task.block)
     assert pairs_of(task)
     for pair in pairs_of(task):
-        X = peaks[pair.linears[0]]
+        X = torch.stack([peaks[name] for name in pair.linears]).amax(0)
         W = torch.cat([before[f"{name}.weight"] for name in pair.linears])  # [outputs, inputs]
         s = X**alpha / W.abs().amax(0) ** (1 - alpha)
         s = s / s.log().mean().exp()  # a common factor that no quantizer notices
         norm = f"{pair.norm}.weight"
-        torch.testing.assert_close(after[norm], before[norm] / s, rtol=1e-4, atol=1e-6)
-        for name in pair.linears:
+        torch.testing.assert_close(after[norm] + pair.offset, (before[norm] + pair.offset) / s, rtol=1e-4, atol=1e-6)
+        for name in (*pair.linears, *pair.kept):
             torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] * s, rtol=1e-4, atol=1e-6)
-    moved = {name for pair in pairs_of(task) for name in (pair.norm, *pair.linears)}
+    moved = {name for pair in pairs_of(task) for name in (pair.norm, *pair.linears, *pair.kept)}
     untouched = [name for name in before if name.rpartition(".")[0] not in moved]
     assert untouched and all(torch.equal(before[name], after[name]) for name in untouched)
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from abq_llm.architectures.table import Architecture, LinearPair, NormPair, QueryKeyPair, ValueOutputPair
 
 LLAMA = Architecture(
-    model_types=("llama", "mistral"),
     blocks="model.layers",
     attention="self_attn",
     linears=(
@@ -28,5 +25,3 @@ LLAMA = Architecture(
     ),
     compensated=("mlp.down_proj",),
 )
-
-QWEN2 = replace(LLAMA, model_types=("qwen2",))  # biases on q, k, v are scaled with their rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abq_llm.architectures.table import Architecture, LinearPair, NormPair, QueryKeyPair, ValueOutputPair
 
 OPT = Architecture(
-    model_types=("opt",),
     blocks="model.decoder.layers",
     attention="self_attn",
     linears=(
@@ -18,7 +17,7 @@ OPT = Architecture(
     ),
     pairs=(
         NormPair("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        QueryKeyPair("self_attn.q_proj", "self_attn.k_proj", rotary=False),
+        QueryKeyPair("self_attn.q_proj", "self_attn.k_proj", rotary=0.0),
         ValueOutputPair("self_attn.v_proj", "self_attn.out_proj"),
         NormPair("final_layer_norm", ("fc1",)),
         LinearPair("fc1", "fc2"),  # relu(x / s) = relu(x) / s for s > 0

@@ -9,7 +9,6 @@ from abq_llm.architectures.table import QueryKeyPair
 
 QWEN3 = replace(
     LLAMA,
-    model_types=("qwen3",),
     pairs=tuple(
         # The norms undo what happens to the rows of q_proj and k_proj: the scale moves between the norms' own weights.
         QueryKeyPair("self_attn.q_norm", "self_attn.k_norm") if isinstance(pair, QueryKeyPair) else pair

@@ -16,6 +16,7 @@ from abq_llm.architectures import Architecture
 from abq_llm.attention import record_attention
 from abq_llm.calibration.losses import relative_mse
 from abq_llm.calibration.transforms import Parameters, block_parameters
+from abq_llm.modules import LinearExperts
 from abq_llm.quantizers import QParams, fake_quantize, fake_quantize_dynamic, from_groups, to_groups
 from abq_llm.scheme import Scheme
 
@@ -55,6 +56,11 @@ class BlockTask:
     @property
     def head_dim(self) -> int:
         return int(self.attention.head_dim)  # type: ignore[arg-type]
+
+    @property
+    def experts(self) -> LinearExperts | None:
+        """The experts of the block, if it has any. Which tokens they run on depends on values."""
+        return next((module for module in self.block.modules() if isinstance(module, LinearExperts)), None)
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -97,7 +103,7 @@ class BlockTask:
         for part in self.batches(stream):
             with record_attention(self.attention) as records:
                 self.forward(stream[part].to(self.device), quantized=False)
-            pairs.append(tuple(x.to(stream.device, dtype) for x in records[0]))
+            pairs.append(tuple(x.to(stream.device, dtype) for x in (records[0].query, records[0].key)))
         queries, keys = zip(*pairs, strict=True)
         return torch.cat(queries), torch.cat(keys)
 
@@ -141,17 +147,17 @@ class InputStatistics:
 
 @torch.no_grad()
 def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
-    """What the linears of the fp block see on `stream`. Queries and keys, as they meet, count as ".output" of
-    the modules of their pair.
-    """
+    """What the linears of the fp block see on `stream`; as "queries" and "keys", those that meet in attention."""
     peak: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
-    tokens, output = 0, torch.empty_like(stream)
+    tokens: dict[str, int] = {}
+    output = torch.empty_like(stream)
 
     def see(name: str, x: Tensor) -> None:
         x = x.float().reshape(-1, x.shape[-1])
         peak[name] = torch.maximum(peak[name], x.abs().amax(0)) if name in peak else x.abs().amax(0)
         energy[name] = energy.get(name, 0) + x.square().sum(0)
+        tokens[name] = tokens.get(name, 0) + len(x)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: see(name, args[0])
@@ -160,17 +166,14 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
     try:
         for part in task.batches(stream):
             hidden = stream[part].to(task.device)
-            tokens += hidden.shape[0] * hidden.shape[1]
             with record_attention(task.attention) as records:
                 output[part] = task.forward(hidden, quantized=False).float()
-            for pair in task.architecture.pairs:
-                for name, x in zip((getattr(pair, "query", None), getattr(pair, "key", None)), records[0], strict=True):
-                    if name:
-                        see(f"{name}.output", x.transpose(1, 2).flatten(2))
+            for name, x in (("queries", records[0].query), ("keys", records[0].key)):
+                see(name, x.transpose(1, 2).flatten(2))
     finally:
         for handle in handles:
             handle.remove()
-    return InputStatistics(peak, {name: total / tokens for name, total in energy.items()}, output)
+    return InputStatistics(peak, {name: total / tokens[name] for name, total in energy.items()}, output)
 
 
 @torch.no_grad()

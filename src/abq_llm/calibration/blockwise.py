@@ -1,4 +1,4 @@
-"""The driver: capture what enters the first block, then quantize block after block along both streams.
+"""The driver: capture what enters the blocks, then quantize block after block along both streams.
 
 After each block its packed result is written to `work_dir`. A later run over the same inputs reuses these files and
 recomputes the streams through them, so an interrupted run ends in the same bytes as an uninterrupted one.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from abq_llm.architectures import Architecture
 from abq_llm.calibration.block import BlockTask
+from abq_llm.calibration.experts import rare_experts_shown_all
 from abq_llm.errors import AbqError
 from abq_llm.linear import QuantLinear, buffer_layout
 from abq_llm.methods import Method
@@ -60,7 +61,7 @@ def quantize_blocks(
     """
     blocks = model.get_submodule(architecture.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    fp_stream, call = capture(model, blocks[0], tokens, settings)
+    fp_stream, calls = capture(model, blocks, tokens, settings)
     quantized_stream = fp_stream.clone()
     for index, block in enumerate(blocks):
         storage_dtype, home = next(block.parameters()).dtype, next(block.parameters()).device
@@ -77,7 +78,7 @@ def quantize_blocks(
             scheme=scheme,
             fp_stream=fp_stream,
             quantized_stream=quantized_stream,
-            call=call,
+            call=_to(calls[index], settings.device),
             device=settings.device,
             storage_dtype=storage_dtype,
             scale_dtype=settings.scale_dtype,
@@ -92,7 +93,8 @@ def quantize_blocks(
             packed = _read_result(file, task)
             report("resumed", task.block_loss)
         else:
-            packed = _pack(task, method.quantize_block(task))
+            with rare_experts_shown_all(task):
+                packed = _pack(task, method.quantize_block(task))
             if file:
                 _write_result(file, task, packed)
         _install(task, packed)
@@ -106,42 +108,57 @@ def quantize_blocks(
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, first: nn.Module, tokens: Tensor | None, settings: Calibration
-) -> tuple[Tensor, dict[str, Any]]:
-    """What enters the first block: hidden states fp32 [samples, seqlen, hidden] and the other arguments of its forward.
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor | None, settings: Calibration
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What enters the blocks: hidden states of the first, fp32 [samples, seqlen, hidden], and for each block the other
+    arguments of its forward. These differ where layers have sliding windows or RoPE of their own.
 
-    All samples have the same length and no padding, so one sample's mask and positions serve for all. Without tokens,
+    All samples have the same length and no padding, so one sample's masks and positions serve for all. Without tokens,
     the stream has no samples, and every pass over it does nothing.
     """
+    calls: list[dict[str, Any]] = [{} for _ in blocks]
     if tokens is None:
-        return torch.empty(0, 1, 1), {}
+        return torch.empty(0, 1, 1), calls
 
     class Captured(Exception):
         pass
 
     hidden: list[Tensor] = []
-    call: dict[str, Any] = {}
+    outputs: list[Any] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append((args[0] if args else kwargs.pop("hidden_states")).float())
-        call.update(kwargs)
-        raise Captured
+    def before(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index == 0:
+                hidden.append((args[0] if args else kwargs["hidden_states"]).float())
+            if len(hidden) == 1:
+                calls[index] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            if len(hidden) > 1 or index == len(blocks) - 1:
+                raise Captured
 
-    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+        return see
+
+    handles = [block.register_forward_pre_hook(before(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    handles.append(blocks[0].register_forward_hook(lambda module, args, output: outputs.append(output)))
+    own_forwards = [vars(block).get("forward") for block in blocks[1:]]  # Accelerate's, if it moves blocks around
+    for block in blocks[1:]:  # only their arguments are wanted: what they put out need only look right
+        block.forward = lambda *args, **kwargs: outputs[0]
     home = next(model.parameters()).device
     try:
         for sample in tokens:
             with suppress(Captured):
                 model(sample[None].to(home), use_cache=False)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+        for block, own in zip(blocks[1:], own_forwards, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own
     place, offload = settings.device, settings.offload
     if offload is None and place.type == "cuda":
         size = sum(h.numel() for h in hidden) * 4
         offload = size > torch.cuda.mem_get_info(place)[0] / 16  # four streams and the teacher's queries and keys
-    return torch.cat(hidden).to("cpu" if offload else place), {
-        name: _to(value, settings.device) for name, value in call.items()
-    }
+    return torch.cat(hidden).to("cpu" if offload else place), calls
 
 
 def _pack(task: BlockTask, grids: dict[str, Any]) -> dict[str, QuantLinear]:

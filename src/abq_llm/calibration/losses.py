@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from abq_llm.attention import attention_scores
+
 
 def dlc_loss(output: Tensor, *targets: Tensor) -> Tensor:
     """output and targets [B, T, H] -> scalar: minus the logs of the mean cosine over tokens, summed over targets."""
@@ -26,21 +28,18 @@ def relative_mse(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-def akl_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+def akl_loss(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    rows: Tensor,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """(query [B, heads, T, d], key [B, kv_heads, T, d]) of both blocks, rows int64 [R] -> scalar.
 
-    Both directions of the KL divergence at once, sum (p - q)(log p - log q), of causal attention maps, averaged over
-    batch, heads and the given rows.
+    Both directions of the KL divergence at once, sum (p - q)(log p - log q), of attention maps with that mask and
+    softcap (`attention.attention_scores`), averaged over batch, heads and the given rows.
     """
-    log_q, log_p = attention_log_map(*student, rows), attention_log_map(*teacher, rows)
+    log_q, log_p = (attention_scores(*pair, mask, softcap, rows).log_softmax(-1) for pair in (student, teacher))
     gap = torch.where(log_p.isfinite(), log_q - log_p, 0)
     return ((log_q.exp() - log_p.exp()) * gap).sum(-1).mean()
-
-
-def attention_log_map(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
-    """-> fp32 [B, heads, R, T]: log-probabilities of the given rows of the causal attention map."""
-    query = query[:, :, rows].float()
-    key = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    future = torch.arange(key.shape[2], device=rows.device) > rows[:, None]
-    return scores.masked_fill(future, float("-inf")).log_softmax(-1)

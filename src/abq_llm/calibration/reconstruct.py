@@ -39,21 +39,24 @@ def reconstruct(
     epochs: int,
     generator: torch.Generator,
     report: Callable[[int, float], None],
+    graphs: bool = True,
 ) -> Outcome:
     """Minimise `loss(*fetch(samples, True))` over `training`; leave the tensors as after the epoch best on `held_out`.
 
     Args:
         fetch: (sample indices int64 [batch], whether for training) -> tensors on the device, of the same shapes each
             time.
-        loss: those tensors -> scalar. On a GPU it is captured into a CUDA graph: it must not look at values.
+        loss: those tensors -> scalar.
         training, held_out: sample indices, int64. A last short batch of a shuffled epoch is left out.
         report: called with (epoch, held-out loss).
+        graphs: on a GPU, capture steps into CUDA graphs. Then the loss must not look at values, as routing does.
 
     A held-out loss that is not finite ends the training; the best state so far is kept.
     """
     tensors = [tensor for group in groups for tensor in group.tensors]
     device = fetch(held_out[:1], False)[0].device
-    evaluate = _graphed(torch.no_grad()(loss), device)
+    graphed = _graphed if graphs and device.type == "cuda" else lambda function, device: function
+    evaluate = graphed(torch.no_grad()(loss), device)
 
     def held_out_loss() -> float:
         batches = held_out.split(batch_size)
@@ -80,7 +83,7 @@ def reconstruct(
         optimizer.step()
         return value.detach()
 
-    step, diverged = _graphed(train, device), False
+    step, diverged = graphed(train, device), False
     for epoch in range(epochs):
         for batch in training[torch.randperm(len(training), generator=generator)].split(batch_size):
             if len(batch) == min(batch_size, len(training)):
@@ -101,13 +104,11 @@ def reconstruct(
 
 
 def _graphed(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """On a GPU, run `function` from a CUDA graph once it has been called three times with the same shapes.
+    """Run `function` from a CUDA graph once it has been called three times with the same shapes.
 
     One block's step is some 500 small kernels; launched one by one they leave the GPU idle most of the time. Other
     shapes run eagerly. The result is overwritten by the next call.
     """
-    if device.type != "cuda":
-        return function
     calls: dict[tuple[torch.Size, ...], int] = {}
     graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
 

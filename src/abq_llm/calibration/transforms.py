@@ -11,8 +11,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from abq_llm.architectures.table import LinearPair, NormPair, Pair, QueryKeyPair, ValueOutputPair
+from abq_llm.architectures.table import LinearPair, NormPair, Pair, Part, QueryKeyPair, Rows, ValueOutputPair
 
 Parameters = dict[str, Tensor]
 LOG_LIMIT = 10.0  # s within e^-10 .. e^10
@@ -23,21 +24,18 @@ def initial_log_scale(
 ) -> Tensor:
     """log of s = act^alpha / w^(1 - alpha), shifted to mean 0: SmoothQuant's equation 4.
 
-    `peaks` holds the largest |value| per channel of each linear's input, and of the queries and keys as they meet,
-    under the names of the pair's modules plus ".output".
+    `peaks` holds the largest |value| per channel of each linear's input, and as "queries" and "keys" those that meet.
     """
     if isinstance(pair, QueryKeyPair):
-        key, query = peaks[f"{pair.key}.output"], peaks[f"{pair.query}.output"]
-        scales = len(parameters[f"{pair.key}.weight"]) // head_dim  # the number of key heads, or 1 behind norms
-        act, weight = (x.view(scales, -1, head_dim // (1 + pair.rotary)).amax(1) for x in (key, query))
+        scales = row_count(parameters, pair.key) // head_dim  # the number of key heads, or 1 behind norms
+        heads = (peaks[name].view(scales, -1, head_dim).amax(1) for name in ("keys", "queries"))
+        act, weight = (_over_turned(x, pair.rotary) for x in heads)
     else:
         names = consumers(pair)
-        act = peaks[names[0]]
+        act = torch.stack([peaks[name] for name in names]).amax(0)
         weight = torch.stack([parameters[f"{name}.weight"].abs().amax(0) for name in names]).amax(0)
         if isinstance(pair, ValueOutputPair):
-            act, weight = (
-                _over_groups(x, parameters[f"{pair.value}.weight"].shape[0], head_dim) for x in (act, weight)
-            )
+            act, weight = (_over_groups(x, row_count(parameters, pair.value), head_dim) for x in (act, weight))
     log_scale = alpha * act.clamp_min(1e-5).log() - (1 - alpha) * weight.clamp_min(1e-5).log()
     return (log_scale - log_scale.mean()).clamp(-LOG_LIMIT, LOG_LIMIT)
 
@@ -55,22 +53,23 @@ def apply(pair: Pair, parameters: Parameters, log_scale: Tensor, head_dim: int) 
     """Move the scale exp(log_scale) from the producer's output to the consumers' input."""
     scale = log_scale.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
     changed = dict(parameters)
+    readers = consumers(pair)
     if isinstance(pair, NormPair):
         _scale_rows(changed, pair.norm, 1 / scale)
-        incoming = scale
+        if pair.offset:  # (offset + w) / s - offset = w / s + offset (1 / s - 1)
+            changed[f"{pair.norm}.weight"] = changed[f"{pair.norm}.weight"] + pair.offset * (1 / scale - 1)
+        readers += pair.kept
     elif isinstance(pair, LinearPair):
         _scale_rows(changed, pair.producer, 1 / scale)
-        incoming = scale
     elif isinstance(pair, ValueOutputPair):
         _scale_rows(changed, pair.value, 1 / scale)
-        incoming = spread(scale, parameters[f"{pair.output}.weight"].shape[1], head_dim)
+        scale = spread(scale, parameters[f"{pair.output}.weight"].shape[1], head_dim)
     else:
-        full = scale.repeat(1, 1 + pair.rotary)  # RoPE turns (i, i + d/2) together, so both have one scale
+        full = _to_turned(scale, pair.rotary, head_dim)
         _scale_rows(changed, pair.key, 1 / full.flatten())
-        _scale_rows(changed, pair.query, _to_query_heads(full, parameters[f"{pair.query}.weight"].shape[0]))
-        return changed
-    for name in consumers(pair):
-        changed[f"{name}.weight"] = changed[f"{name}.weight"] * incoming
+        _scale_rows(changed, pair.query, _to_query_heads(full, row_count(parameters, pair.query)))
+    for name in readers:
+        changed[f"{name}.weight"] = changed[f"{name}.weight"] * scale
     return changed
 
 
@@ -80,26 +79,60 @@ def spread(log_scale: Tensor, channels: int, head_dim: int) -> Tensor:
 
 
 def storable_log_scale(pair: Pair, parameters: Parameters, log_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The log scale for which the norms' new weights are exact in `dtype`, so that storing them changes nothing.
+    """The log scale for which what is not quantized is exact in `dtype`, so that storing it changes nothing.
 
-    Rounding weight / s to bf16 would be an error of up to 0.4 %; taking s from the rounded weight instead moves it
-    into the linears, before they are quantized. Between the norms of queries and keys, where no linear can take it,
-    s becomes a power of two. Other pairs feed quantized linears only and come back as they are. Biases are rounded.
+    Rounding a norm's weight / s to bf16 would be an error of up to 0.4 %; taking s from the rounded weight instead
+    moves it into the linears, before they are quantized. Where no linear can take it, between the norms of queries and
+    keys and where a norm also feeds what stays in floating point, s becomes a power of two. Other pairs feed quantized
+    linears only and come back as they are. Biases are rounded.
     """
-    if isinstance(pair, QueryKeyPair) and parameters[f"{pair.key}.weight"].dim() == 1 and dtype != torch.float32:
+    kept = pair.kept if isinstance(pair, NormPair) else isinstance(pair, QueryKeyPair) and is_norm(parameters, pair.key)
+    if kept and dtype != torch.float32:
         return (log_scale / math.log(2)).round() * math.log(2)
     if not isinstance(pair, NormPair):
         return log_scale
-    weight = parameters[f"{pair.norm}.weight"]
-    rounded = (weight / log_scale.exp()).to(dtype).float()
+    weight = parameters[f"{pair.norm}.weight"] + pair.offset
+    rounded = (weight / log_scale.exp() - pair.offset).to(dtype).float() + pair.offset
     return torch.where(rounded * weight > 0, (weight / rounded).log(), torch.where(weight == 0, log_scale, 0))
 
 
-def _scale_rows(parameters: Parameters, name: str, factor: Tensor) -> None:
+def row_count(parameters: Parameters, part: Part) -> int:
+    """The number of outputs of a module, or of some rows of it."""
+    if isinstance(part, Rows):
+        return len(parameters[f"{part.linear}.weight"]) // part.period * (part.stop - part.start)
+    return len(parameters[f"{part}.weight"])
+
+
+def is_norm(parameters: Parameters, part: Part) -> bool:
+    """Whether a part is a norm: the weight of a norm is a vector."""
+    return isinstance(part, str) and parameters[f"{part}.weight"].dim() == 1
+
+
+def _scale_rows(parameters: Parameters, part: Part, factor: Tensor) -> None:
+    """Multiply the rows of a linear or of a part of it, or the weight of a norm, and the bias."""
+    name = part
+    if isinstance(part, Rows):
+        name, size = part.linear, len(parameters[f"{part.linear}.weight"])
+        turns = factor.view(size // part.period, -1)
+        factor = F.pad(turns, (part.start, part.period - part.stop), value=1.0).flatten()  # the other rows stay
     weight = parameters[f"{name}.weight"]
     parameters[f"{name}.weight"] = weight * (factor[:, None] if weight.dim() == 2 else factor)
     if f"{name}.bias" in parameters:
         parameters[f"{name}.bias"] = parameters[f"{name}.bias"] * factor
+
+
+def _over_turned(per_channel: Tensor, rotary: float) -> Tensor:
+    """[n, d] -> [n, scales]: the larger of two channels that RoPE turns together."""
+    half = int(per_channel.shape[1] * rotary) // 2
+    first, second, others = per_channel.split([half, half, per_channel.shape[1] - 2 * half], 1)
+    return torch.cat([torch.maximum(first, second), others], 1)
+
+
+def _to_turned(scale: Tensor, rotary: float, head_dim: int) -> Tensor:
+    """[n, scales] -> [n, d]: channels that RoPE turns together have one scale."""
+    half = int(head_dim * rotary) // 2
+    turned, others = scale.split([half, head_dim - 2 * half], 1)
+    return torch.cat([turned, turned, others], 1)
 
 
 def _to_query_heads(per_kv_head: Tensor, size: int) -> Tensor:

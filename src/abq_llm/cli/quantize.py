@@ -71,7 +71,7 @@ def quantize(
 
         def progress(block: int, blocks: int, loss: float | None, message: str) -> None:
             done = message == "done"
-            if "not finite" in message:
+            if "not finite" in message or "shown all tokens" in message:
                 console.print(message)
             note = message if loss is None else f"{message}, loss {loss:.3g}"
             bar.update(task, total=blocks, completed=block + done, note="" if done else note)

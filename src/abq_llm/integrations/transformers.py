@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from abq_llm import attention
+from abq_llm.architectures import TABLES
 from abq_llm.checkpoint import (
     QUANT_METHOD,
     QuantizationConfig,
@@ -23,6 +24,7 @@ from abq_llm.checkpoint import (
     replace_linears,
 )
 from abq_llm.errors import AbqError
+from abq_llm.modules import LinearExperts
 
 
 class AbqConfig(QuantizationConfigMixin):
@@ -47,12 +49,17 @@ class AbqQuantizer(HfQuantizer):
     """Puts empty `QuantLinear` modules into a model on meta and checks the files that Transformers is about to read."""
 
     requires_calibration = True
+    separate_experts = False
     quantization_config: AbqConfig
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Leave attention alone where "abq" would break it: models with their own (Falcon), or beyond SDPA."""
+        """Leave attention alone where "abq" would break it: models with their own, or beyond SDPA. What the models
+        with a table do beyond it, "abq" does too.
+        """
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        able = model_class is None or (model_class._can_set_attn_implementation() and model_class._supports_sdpa)
+        able = model_class is None or (
+            model_class._can_set_attn_implementation() and (model_class._supports_sdpa or config.model_type in TABLES)
+        )
         if config._attn_implementation == attention.NAME and not able:
             config._attn_implementation = None
         return config
@@ -63,13 +70,25 @@ class AbqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config.parsed
+        replace_linears(model, config)
+        self.separate_experts = any(isinstance(module, LinearExperts) for module in model.modules())
         used = model.config._attn_implementation
         if config.scheme.kv is not None and used != attention.NAME:
             raise AbqError(f"scheme {config.scheme} needs attn_implementation={attention.NAME!r}, not {used!r}")
-        replace_linears(model, config)
         if checkpoint_files:
             files = [Path(file) for file in checkpoint_files]
             check_tensors(model, read_headers(files), files[0].parent)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Read experts as they are stored, one by one: Transformers would fuse them, and before 5.23 even try it on
+        packed tensors.
+        """
+        kept = [
+            conversion
+            for conversion in weight_conversions
+            if not (self.separate_experts and any(".experts." in name for name in conversion.source_patterns))
+        ]
+        return super().update_weight_conversions(kept, *args)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         attention.set_kv_format(model, self.quantization_config.parsed.scheme.kv)

@@ -89,6 +89,7 @@ class _BlockFit:
             epochs=options.epochs,
             generator=self.generator,
             report=lambda epoch, loss: task.report(f"epoch {epoch + 1}/{options.epochs}", loss),
+            graphs=task.experts is None,
         )
         task.block_loss = outcome.after
         if outcome.diverged:
@@ -180,5 +181,6 @@ class _BlockFit:
         loss = dlc_loss(output, target, second_target) if self.options.dlc else relative_mse(output, target)
         if teacher:
             queries, keys, rows = teacher
-            loss = loss + akl_loss(records[0], (queries, keys), rows)
+            met = records[0]
+            loss = loss + akl_loss((met.query, met.key), (queries, keys), rows, met.mask, met.softcap)
         return loss

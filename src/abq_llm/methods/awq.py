@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from abq_llm.architectures.table import Pair, QueryKeyPair, ValueOutputPair
+from abq_llm.architectures.table import Pair, QueryKeyPair, Rows, ValueOutputPair
 from abq_llm.calibration.block import BlockTask, output_error
 from abq_llm.calibration.transforms import (
     LOG_LIMIT,
@@ -32,6 +32,7 @@ from abq_llm.calibration.transforms import (
     apply,
     block_parameters,
     consumers,
+    row_count,
     spread,
     storable_log_scale,
 )
@@ -73,10 +74,10 @@ class Awq:
             parameter.copy_(parameters[name])
         # As in the code: what meets in a product before the softmax is hard to clip by the error of either factor.
         unclipped = {
-            name
+            part.linear if isinstance(part, Rows) else part
             for pair in task.architecture.pairs
             if isinstance(pair, QueryKeyPair)
-            for name in (pair.query, pair.key)
+            for part in (pair.query, pair.key)
         }
         grids = {}
         for name, linear in task.linears.items():
@@ -106,7 +107,8 @@ class Awq:
 
 def inputs(task: BlockTask, count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Of each linear of the fp block on the fp stream: inputs fp32 [tokens, K], at most `count` tokens of all, the same
-    for all linears; and the mean |x| of each channel over all tokens, fp32 [K].
+    for all linears that see them all, and as small a share of an expert's; and the sum of |x| of each channel, divided
+    by the number of all tokens, fp32 [K].
     """
     stream = task.fp_stream
     samples, seqlen = stream.shape[:2]
@@ -119,7 +121,7 @@ def inputs(task: BlockTask, count: int) -> tuple[dict[str, Tensor], dict[str, Te
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].float().reshape(-1, args[0].shape[-1])
-            rows[name].append(x[here.to(x.device)])
+            rows[name].append(x[here[here < len(x)].to(x.device)])
             total[name] = total.get(name, 0) + x.abs().sum(0)
 
         return see
@@ -140,9 +142,9 @@ def inputs(task: BlockTask, count: int) -> tuple[dict[str, Tensor], dict[str, Te
 
 def activation_log_scale(task: BlockTask, pair: Pair, s_X: dict[str, Tensor], alpha: float) -> Tensor:
     """log of s = s_X^alpha with geometric mean 1, one for each channel of the pair; 0 where s_X is not finite."""
-    act = s_X[consumers(pair)[0]]
+    act = torch.stack([s_X[name] for name in consumers(pair)]).mean(0)  # of all tokens, also where experts share them
     if isinstance(pair, ValueOutputPair):  # the mean over the query heads that share a value head
-        channels = task.linears[pair.value].out_features
+        channels = row_count(dict(task.block.named_parameters()), pair.value)
         act = act.view(channels // task.head_dim, -1, task.head_dim).mean(1).flatten()
     log_s = alpha * act.clamp_min(1e-5).log()
     log_s = (log_s - log_s.mean()).clamp(-LOG_LIMIT, LOG_LIMIT)

@@ -73,12 +73,16 @@ class Gptq:
 def linears_by_input(task: BlockTask) -> list[list[str]]:
     """Names of the block's linears in the order in which they run, those that are given one tensor together.
 
-    Seen on one sample, so that no table has to say it.
+    Seen on one sample, so that no table has to say it; on more where experts do not run on the first.
     """
     seen: list[tuple[Tensor, list[str]]] = []
+    missing = set(task.linears)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name not in missing:
+                return
+            missing.remove(name)
             for x, names in seen:
                 if x is args[0]:
                     names.append(name)
@@ -89,14 +93,15 @@ def linears_by_input(task: BlockTask) -> list[list[str]]:
 
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in task.linears.items()]
     try:
-        task.forward(task.quantized_stream[:1].to(task.device), quantized=False)
+        for sample in task.quantized_stream.split(1):
+            if missing:
+                task.forward(sample.to(task.device), quantized=False)
     finally:
         for handle in handles:
             handle.remove()
-    found = [names for _, names in seen]
-    if missing := task.linears.keys() - {name for names in found for name in names}:
+    if missing:
         raise AbqError(f"block {task.index} never runs {', '.join(sorted(missing))}: nothing to calibrate it with")
-    return found
+    return [names for _, names in seen]
 
 
 @torch.no_grad()
