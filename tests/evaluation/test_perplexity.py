@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abq_llm.errors import AbqError
-from abq_llm.evaluation import evaluate, perplexity
+from abq_llm.evaluation import evaluate, logits
 from tests.tiny import VARIANTS, VOCAB, tiny_model
 
 
@@ -30,7 +30,7 @@ def naive(model, tokens, reference):
 @pytest.mark.parametrize("variant", [*VARIANTS.values(), ("gemma2", {"head_dim": 16})], ids=[*VARIANTS, "gemma2"])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_equals_the_definition(variant, batch_size, tokens, monkeypatch):
-    monkeypatch.setattr(perplexity, "ROWS", 7)  # divides neither a window's 19 positions nor a batch's 38
+    monkeypatch.setattr(logits, "ROWS", 7)  # divides neither a window's 19 positions nor a batch's 38
     model_type, overrides = variant
     model = tiny_model(model_type, **overrides)
     reference = tiny_model(model_type, **overrides)
@@ -71,7 +71,7 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity(tokens):
 
 
 def test_logits_exist_only_in_chunks(tokens, monkeypatch):
-    monkeypatch.setattr(perplexity, "ROWS", 5)
+    monkeypatch.setattr(logits, "ROWS", 5)
     model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // VOCAB))
     evaluate(model, tokens[:, :20])
