@@ -45,6 +45,17 @@ def test_equals_the_definition(variant, batch_size, tokens, monkeypatch):
     assert result.tokens == 3 * 19
 
 
+@torch.no_grad()
+def test_the_normalisation_of_the_published_scripts_gives_the_same_number(tokens):
+    """They weight the mean loss of seqlen - 1 tokens by seqlen, then divide by windows * seqlen: both cancel."""
+    model, seqlen, nlls = tiny_model(), tokens.shape[1], []
+    for window in tokens:
+        logits = model(window[None]).logits[0, :-1]
+        nlls.append(torch.nn.functional.cross_entropy(logits, window[1:]) * seqlen)
+    legacy = torch.exp(torch.stack(nlls).sum() / (len(tokens) * seqlen))
+    assert evaluate(model, tokens).perplexity == pytest.approx(legacy.item(), rel=1e-6)
+
+
 def test_without_reference(tokens):
     result = evaluate(tiny_model(), tokens)
     assert (result.kl, result.top1_agreement) == (None, None)

@@ -43,6 +43,11 @@ def read(task: str, directory: Path) -> list[Document]:
     return documents
 
 
+def files(task: str, directory: Path) -> list[Path]:
+    """What `read` reads."""
+    return [directory / TASKS[task].file, *([directory / PIQA_LABELS] if task == "piqa" else [])]
+
+
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise AbqError(f"{path}: no such file")

@@ -40,6 +40,19 @@ class TaskScore:
     stderr: float | None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's log and its progress bars, which have no switch, from the terminal; errors still raise."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def check_installed() -> None:
     """Refuse before the work, not in its middle.
 
@@ -50,6 +63,7 @@ def check_installed() -> None:
         raise AbqError("zero-shot tasks need lm-evaluation-harness: pip install 'abq-llm[eval]'")
 
 
+@_quiet()
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -70,17 +84,11 @@ def evaluate_tasks(
     Raises:
         AbqError: the harness is not installed, or a task is unknown, cannot be read or has no accuracy.
     """
-    check_installed()
-    with _quiet():
-        import lm_eval
+    loaded = load_tasks(tasks, task_path)
+    import lm_eval
 
-        loaded = load_tasks(list(dict.fromkeys(tasks)), task_path)
-        for name, task in loaded["tasks"].items():
-            if "acc" not in task.aggregation():
-                raise AbqError(f"task {name!r} measures {', '.join(task.aggregation())}; only acc is reported here")
-            task.set_fewshot_seed(FEWSHOT_SEED)
-        harness_model = _harness_model(model, tokenizer, progress or (lambda *_: None))
-        results = lm_eval.evaluate(harness_model, loaded, limit=limit, log_samples=False)["results"]
+    harness_model = _harness_model(model, tokenizer, progress or (lambda *_: None))
+    results = lm_eval.evaluate(harness_model, loaded, limit=limit, log_samples=False)["results"]
     return {name: _score(figures) for name, figures in results.items() if "acc,none" in figures}
 
 
@@ -89,8 +97,14 @@ def _score(figures: dict[str, Any]) -> TaskScore:
     return TaskScore(figures["acc,none"], figures.get("acc_norm,none"), stderr if isinstance(stderr, float) else None)
 
 
-def load_tasks(tasks: list[str], task_path: Path | None) -> dict[str, Any]:
-    """What `TaskManager.load` of the harness returns, with the examples of local files if there is a `task_path`."""
+@_quiet()
+def load_tasks(tasks: Sequence[str], task_path: Path | None) -> dict[str, Any]:
+    """What `TaskManager.load` of the harness returns, with the examples of local files if there is a `task_path`.
+
+    Raises:
+        AbqError: see `evaluate_tasks`.
+    """
+    check_installed()
     manager = _task_manager()
     for name in tasks:
         if name not in manager.all_tasks:
@@ -98,13 +112,18 @@ def load_tasks(tasks: list[str], task_path: Path | None) -> dict[str, Any]:
     if task_path is not None:
         local = [{"task": name, **_from_files(name, task_path)} for name in tasks]
         # An inline group is how the harness lets a task that it knows be changed in part.
-        return {"tasks": manager.load([{"group": "local", "task": local}])["tasks"]}
-    try:
-        loaded: dict[str, Any] = manager.load(tasks)
-    except (OSError, ValueError, RuntimeError) as error:  # offline, not cached, or changed on the hub
-        raise AbqError(
-            f"{', '.join(tasks)}: cannot be downloaded ({error}): pass --task-path, a folder with local files"
-        ) from error
+        loaded: dict[str, Any] = {"tasks": manager.load([{"group": "local", "task": local}])["tasks"]}
+    else:
+        try:
+            loaded = manager.load(list(tasks))
+        except (OSError, ValueError, RuntimeError) as error:  # offline, not cached, or changed on the hub
+            raise AbqError(
+                f"{', '.join(tasks)}: cannot be downloaded ({error}): pass --task-path, a folder with local files"
+            ) from error
+    for name, task in loaded["tasks"].items():
+        if "acc" not in task.aggregation():
+            raise AbqError(f"task {name!r} measures {', '.join(task.aggregation())}; only acc is reported here")
+        task.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
 
 
@@ -148,16 +167,3 @@ def _harness_model(
             return log_likelihoods(self.model, pairs, max_length=self.max_length, progress=advance)
 
     return Batched(model, backend="causal", tokenizer=copy.deepcopy(tokenizer))  # a copy, since it is given padding
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness's log and its progress bars, which have no switch, from the terminal; errors still raise."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
