@@ -1,5 +1,6 @@
 """The harness on a tiny model: scores from local files are what its own model class computes."""
 
+import logging
 import sys
 from dataclasses import asdict
 
@@ -99,6 +100,14 @@ def test_the_harness_is_silent(model, task_path, capfd, caplog):
     integration.evaluate_tasks(model, tiny_tokenizer(), TASKS, task_path=task_path, limit=1)
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
+
+
+def test_the_harness_is_left_as_it_was(model, task_path):
+    import lm_eval.utils
+
+    before, level = dict(vars(lm_eval.utils.env)), logging.getLogger("lm_eval").level
+    integration.evaluate_tasks(model, tiny_tokenizer(), ["piqa"], task_path=task_path, limit=1)
+    assert vars(lm_eval.utils.env) == before and logging.getLogger("lm_eval").level == level
 
 
 @pytest.mark.parametrize(

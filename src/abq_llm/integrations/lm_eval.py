@@ -88,7 +88,8 @@ def evaluate_tasks(
     import lm_eval
 
     harness_model = _harness_model(model, tokenizer, progress or (lambda *_: None))
-    results = lm_eval.evaluate(harness_model, loaded, limit=limit, log_samples=False)["results"]
+    with _templates_compiled_once():
+        results = lm_eval.evaluate(harness_model, loaded, limit=limit, log_samples=False)["results"]
     return {name: _score(figures) for name, figures in results.items() if "acc,none" in figures}
 
 
@@ -166,4 +167,18 @@ def _harness_model(
             pairs = [(context, continuation) for _, context, continuation in requests]
             return log_likelihoods(self.model, pairs, max_length=self.max_length, progress=advance)
 
-    return Batched(model, backend="causal", tokenizer=copy.deepcopy(tokenizer))  # a copy, since it is given padding
+    adapter = Batched(model, backend="causal", tokenizer=copy.deepcopy(tokenizer))  # a copy, since it is given padding
+    adapter.tok_encode = functools.cache(adapter.tok_encode)  # the answers of an example share its context
+    return adapter
+
+
+@contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """The harness compiles a task's templates anew for every example: most of its own time."""
+    from lm_eval.utils import env
+
+    env.from_string = functools.cache(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string  # what hid the method
