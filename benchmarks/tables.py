@@ -53,8 +53,9 @@ def comparison(rows: list[dict], schemes: tuple[str, ...]) -> str:
     for row in [row for scheme in ("W16A16", *schemes) for row in rows if row["scheme"] == scheme]:
         cells = [row["scheme"], row["method"], f"{row['bits_per_weight']['mean']:.2f}"]
         cells += [_mean_std(row[key][text]) for text in texts for key in ("perplexity", "kl", "top1_agreement")]
-        peak = row["peak_memory_bytes"]
-        cells += [f"{row['seconds']['mean']:,.0f}", f"{peak['mean'] / 1e6:,.0f} MB"] if peak else ["", ""]
+        seconds, peak = row["seconds"], row["peak_memory_bytes"]
+        cells.append(f"{seconds['mean']:,.0f}" if seconds else "")
+        cells.append(f"{peak['mean'] / 1e6:,.0f} MB" if peak else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -67,6 +67,7 @@ def test_a_record_is_of_the_packed_checkpoint(setup, directory, tmp_path):
     assert record["size_bytes"] == checkpoint.packed_size(tmp_path / "packed").size_bytes
     assert record["inputs"]["calibration"] == {"name": "text0", "shape": [4, 16], "sha256": cell.calibration.sha256}
     assert (record["scheme"], record["method"], record["seed"], record["tasks"]) == ("W4A8", "abq", 3, {})
+    assert record["seconds"] > 0 and record["peak_memory_bytes"] > 0
 
 
 def test_the_unquantized_model_is_a_cell_too(setup, directory, tmp_path):
@@ -91,7 +92,7 @@ def test_nothing_but_the_record_is_left(setup, tmp_path):
     cell, notes = a_cell(), []
     compute(cell, setup, tmp_path, notes.append)
     assert list(tmp_path.iterdir()) == [file_of(tmp_path, cell, setup)]
-    assert notes[0].startswith("block 1/2") and notes[-1] == "evaluated on text2"
+    assert notes[0].startswith("block 1/2") and notes[-1] == "evaluating on text2"
 
 
 def test_every_input_decides_the_file(setup, tmp_path):
@@ -147,6 +148,7 @@ def test_an_interrupted_cell_goes_on_with_the_block_that_is_missing(setup, tmp_p
     assert not any(note.startswith("block 1/2 epoch") for note in notes)
     assert any(note.startswith("block 2/2 epoch") for note in notes)
     record = read(file_of(tmp_path, cell, setup))
+    assert record["seconds"] is None  # it would be those of one block
     (tmp_path / "straight").mkdir()
     compute(cell, setup, tmp_path / "straight")
     straight = read(file_of(tmp_path / "straight", cell, setup))

@@ -192,8 +192,13 @@ class _Tasks:
         from abq_llm.evaluation import local_tasks
 
         files = [file for name in self.names for file in (local_tasks.files(name, self.path) if self.path else [])]
-        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        digests = {file.name: _sha256(file) for file in files}
         return {"names": self.names, "files": digests, "limit": self.limit, "lm_eval": version("lm_eval")}
+
+
+@functools.cache  # each cell asks
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 # --- computing it ---
@@ -283,8 +288,8 @@ def _print_tables(rows: list[Record], failures: list[dict[str, Any]], title: str
     scored = ["mean accuracy"] if any(row["accuracy"] for row in rows) else []
     table = _table(None, *scored, "seconds", "peak memory", caption="± standard deviation over the seeds")
     for row in _sections(rows, table):
-        peak = row["peak_memory_bytes"]
-        cost = [figure(row["seconds"]["mean"]), megabytes(peak["mean"])] if peak else []
+        seconds, peak = row["seconds"], row["peak_memory_bytes"]
+        cost = figure(seconds["mean"]) if seconds else "", megabytes(peak["mean"]) if peak else ""
         table.add_row(row["scheme"], row["method"], *(_spread(row["accuracy"]) for _ in scored), *cost)
     for failure in failures:
         table.add_row(failure["scheme"], failure["method"], f"failed, seed {failure['seed']}")

@@ -140,7 +140,8 @@ def read(file: Path) -> Record | None:
 def compute(cell: Cell, setup: Setup, directory: Path, note: Callable[[str], None] = lambda _: None) -> str | None:
     """Compute a cell and write its record to `file_of(directory, cell, setup)`.
 
-    Blocks that a stopped computation has finished are not computed again. `note` is called with what is going on.
+    Blocks that a stopped computation has finished are not computed again; then the record has no "seconds". `note` is
+    called with what is going on.
 
     Returns:
         None, or in one line why it failed; then nothing is written.
@@ -162,12 +163,14 @@ def _measure(cell: Cell, setup: Setup, file: Path, note: Callable[[str], None]) 
     if cell.method is None:
         size = checkpoint.packed_size(base).size_bytes
         packed: Record = {"bits_per_weight": 8.0 * base.dtype.itemsize, "size_bytes": size}
-        packed |= {"seconds": 0.0, "peak_memory_bytes": None}
+        packed |= {"seconds": None, "peak_memory_bytes": None}
+        reference.to(setup.device)  # type: ignore[arg-type]
         return _record(cell, setup, packed, _figures(reference, None, tokenizer, setup, note))
 
     network = copy.deepcopy(base)
     reference.to("cpu")  # type: ignore[arg-type]  # its memory is not the method's
     work = file.with_suffix(".partial")  # finished blocks, then the checkpoint
+    resumed = work.exists()
 
     def progress(block: int, blocks: int, loss: float | None, message: str) -> None:
         note(f"block {block + 1}/{blocks} {message}")
@@ -190,7 +193,7 @@ def _measure(cell: Cell, setup: Setup, file: Path, note: Callable[[str], None]) 
     del network
     loaded, _ = checkpoint.load(saved, device=setup.device, dtype=reference.dtype, backend=setup.backend)
     packed = {"bits_per_weight": report.bits_per_weight, "size_bytes": size}
-    packed |= {"seconds": report.seconds, "peak_memory_bytes": report.peak_memory_bytes}
+    packed |= {"seconds": None if resumed else report.seconds, "peak_memory_bytes": report.peak_memory_bytes}
     reference.to(setup.device)  # type: ignore[arg-type]
     record = _record(cell, setup, packed, _figures(loaded, reference, tokenizer, setup, note))
     shutil.rmtree(work, ignore_errors=True)
@@ -208,12 +211,12 @@ def _figures(
     started = time.monotonic()
     perplexity, kl, agreement, tasks = {}, {}, {}, {}
     for text in setup.texts:
-        note(f"evaluated on {text.name}")
+        note(f"evaluating on {text.name}")
         result = evaluate(model, text.tokens, reference)
         perplexity[text.name] = result.perplexity if math.isfinite(result.perplexity) else None
         kl[text.name], agreement[text.name] = result.kl, result.top1_agreement
     if setup.tasks is not None:
-        note("evaluated on tasks")
+        note("evaluating on tasks")
         tasks = setup.tasks.score(model, tokenizer)
     figures = {"perplexity": perplexity, "kl": kl, "top1_agreement": agreement, "tasks": tasks}
     return {**figures, "evaluation_seconds": time.monotonic() - started}
@@ -257,7 +260,7 @@ def accuracy(record: Record) -> float | None:
 def over_seeds(records: Iterable[Record]) -> list[Record]:
     """One row for each scheme and method, in the order of `records`: figures as {"mean", "std"}.
 
-    std is that of a sample, None for one seed; a figure that one seed has not, being infinite, is None for all.
+    std is that of a sample, None for one seed; a figure that one of the seeds has not is None for all.
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
