@@ -11,7 +11,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cuda,data,plot,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cuda,data,eval,plot,dev]'
 	touch $@
 
 test: $(STAMP)

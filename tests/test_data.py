@@ -1,5 +1,6 @@
 import hashlib
 import json
+import random
 import string
 import struct
 import sys
@@ -292,6 +293,28 @@ def test_c4_evaluation_joins_the_first_documents(hub, tokenizer, monkeypatch):
     tokens = evaluation_tokens("c4", tokenizer, seqlen=10).tokens
     assert torch.equal(tokens.flatten(), text[: len(text) // 10 * 10])
     assert "c4-validation" in str(hub.calls)
+
+
+def test_legacy_c4_draws_as_the_published_scripts(hub, tokenizer):
+    random.seed(0)
+    expected = []
+    for _ in range(256):
+        while True:
+            ids = tokenizer(hub.documents[random.randint(0, len(hub.documents) - 1)])["input_ids"]
+            if len(ids) > 50:
+                break
+        start = random.randint(0, len(ids) - 50 - 1)
+        expected.append(ids[start : start + 50])
+    windows = evaluation_tokens("c4-legacy", tokenizer, seqlen=50)
+    assert (windows.name, windows.tokens.tolist()) == ("c4-legacy", expected)
+    assert evaluation_tokens("c4-legacy", tokenizer, seqlen=50, limit=3).tokens.tolist() == expected[:3]
+    assert "c4-validation" in str(hub.calls)
+
+
+def test_legacy_c4_gives_up_where_no_document_is_long_enough(hub, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "C4_LEGACY_TRIES", 20)
+    with pytest.raises(AbqError, match="c4-legacy: of 20 random documents, 0 are longer than 5000 tokens"):
+        evaluation_tokens("c4-legacy", tokenizer, seqlen=5000)
 
 
 def test_datasets_not_installed(tokenizer, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ C4_FILES = {
     "evaluation": "en/c4-validation.00000-of-00008.json.gz",
 }
 C4_EVALUATION_DOCUMENTS = 1100  # GPTQ's "c4-new"; papers report on its first 256 windows of 2048
+C4_LEGACY_WINDOWS = 256
+C4_LEGACY_TRIES = 100_000  # for a document that is long enough
 SELF_WINDOWS = 16
 SELF_BATCH_TOKENS = 16384  # bounds the KV cache: 8 GiB for LLaMA-7B in 16 bits
 SELF_BATCH_ROWS = 32
@@ -102,8 +105,9 @@ def evaluation_tokens(
 
     Sources are those of `calibration_tokens`, on held-out parts: the test split of WikiText-2; the first 1100
     documents of C4's validation split joined by spaces (GPTQ's "c4-new"); and, for "self", `limit` texts (16 if None)
-    from a random stream that no calibration seed has. `seed` matters for "self" only. Tokenization is as in
-    `calibration_tokens`.
+    from a random stream that no calibration seed has. `seed` matters for "self" only. One more source, "c4-legacy",
+    is what the scripts of GPTQ and OmniQuant call "c4": 256 random segments of random documents of the same validation
+    split. Tokenization is as in `calibration_tokens`.
 
     Raises:
         AbqError: as `calibration_tokens`.
@@ -113,6 +117,9 @@ def evaluation_tokens(
         generator = _generator(seed, "evaluation")
         windows = SELF_WINDOWS if limit is None else limit
         return TokenSet("self", _sample_text(_needed(model), tokenizer, windows, seqlen, generator))
+    if str(source) == "c4-legacy":
+        windows = min(C4_LEGACY_WINDOWS, limit or C4_LEGACY_WINDOWS)
+        return TokenSet("c4-legacy", _legacy_segments(_c4("evaluation"), tokenizer, windows, seqlen))
     name, ids = _joined_ids(source, tokenizer, "evaluation", at_least=seqlen)
     windows = len(ids) // seqlen
     return TokenSet(name, ids[: windows * seqlen].view(windows, seqlen)[:limit].clone())
@@ -178,6 +185,26 @@ def _document_segments(
         if len(segments) == samples:
             return torch.stack(segments)
     raise AbqError(f"c4: {len(segments)} documents are longer than {seqlen} tokens, need {samples}")
+
+
+def _legacy_segments(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, windows: int, seqlen: int
+) -> torch.Tensor:
+    """Random segments of random documents longer than `seqlen`: int64 [windows, seqlen].
+
+    Published figures hang on the very draws of Python's generator, seeded with 0: document after document until one
+    is long enough, then where in it the segment starts.
+    """
+    generator = random.Random(0)
+    segments: list[torch.Tensor] = []
+    for _ in range(C4_LEGACY_TRIES):
+        ids = _ids(documents[generator.randint(0, len(documents) - 1)], tokenizer)
+        if len(ids) > seqlen:
+            start = generator.randint(0, len(ids) - seqlen - 1)
+            segments.append(ids[start : start + seqlen])
+        if len(segments) == windows:
+            return torch.stack(segments)
+    raise AbqError(f"c4-legacy: of {C4_LEGACY_TRIES} random documents, {len(segments)} are longer than {seqlen} tokens")
 
 
 def _wikitext2(split: str) -> list[str]:

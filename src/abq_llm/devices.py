@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 from abq_llm.errors import AbqError
@@ -20,3 +22,10 @@ def pick_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise AbqError(f"device {str(name)!r}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What to call `device` in a record: the GPU's name, or the processor's as far as Python knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

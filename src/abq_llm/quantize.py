@@ -105,7 +105,7 @@ def quantize(
         "versions": {"abq_llm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     if work_dir is not None:
-        inputs = {"config": model.config.to_json_string(), "weights": _hash(model), **provenance}
+        inputs = {"config": model.config.to_json_string(), "weights": hash_weights(model), **provenance}
         _claim(work_dir, {"scheme": asdict(scheme), **inputs})
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
@@ -145,7 +145,7 @@ def check_model(model: PreTrainedModel, scheme: Scheme) -> Architecture:
     return architecture
 
 
-def _hash(model: nn.Module) -> str:
+def hash_weights(model: nn.Module) -> str:
     """Hex SHA-256 of the bytes of all parameters: models of one config are not one model."""
     digest = hashlib.sha256()
     for parameter in model.parameters():

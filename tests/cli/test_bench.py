@@ -2,7 +2,8 @@
 
 import pytest
 
-from abq_llm.cli.bench import _commit, _shapes
+from abq_llm.cli.bench import _shapes
+from abq_llm.cli.common import commit_of_code
 from abq_llm.evaluation import kernel_speed
 from tests.cli.test_cli import abq, assert_refused, report
 
@@ -109,7 +110,7 @@ def test_the_linears_of_a_model():
 
 
 def test_the_commit_is_of_this_code_or_none():
-    commit = _commit()
+    commit = commit_of_code()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
 
 

@@ -24,6 +24,7 @@ from abq_llm.models import load_model
 from abq_llm.quantize import Report
 from tests.test_checkpoint import assert_same_tensors, packed_model
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.zero_shot import write_tasks
 
 # By import_module: as attributes, both names are functions.
 quantize_module = importlib.import_module("abq_llm.quantize")
@@ -165,7 +166,8 @@ def test_eval_against_a_reference(packed_directory: Path, model_directory: Path,
     texts = [model_directory.parent / name for name in ("text.txt", "other.txt")]
     options = ("--reference", model_directory, "--limit", 2, "--backend", "reference", "--json", tmp_path / "e.json")
     both = report(abq("eval", packed_directory, "--ppl", texts[0], "--ppl", texts[1], *options), tmp_path / "e.json")
-    assert set(both) == {"perplexity", "kl", "top1_agreement", "backend", "tokens"}
+    assert set(both) == {"perplexity", "kl", "top1_agreement", "tasks", "backend", "tokens"}
+    assert both["tasks"] == {}
     assert set(both["perplexity"]) == {"text.txt", "other.txt"}
     assert both["backend"] == "reference"
     assert both["tokens"] == 2 * 2 * 255
@@ -183,6 +185,24 @@ def test_eval_of_a_plain_model(model_directory: Path, tmp_path: Path) -> None:
     itself = report(abq("eval", model_directory, "--reference", model_directory, *options), tmp_path / "e.json")
     assert itself["perplexity"] == alone["perplexity"]
     assert itself["kl"] == pytest.approx(0, abs=1e-9) and itself["top1_agreement"] == 1
+
+
+def test_eval_of_tasks(packed_directory: Path, model_directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "tasks").mkdir()
+    options = ("--tasks", "piqa, boolq,piqa", "--task-path", write_tasks(tmp_path / "tasks"), "--limit", 2)
+    text = ("--ppl", model_directory.parent / "text.txt")
+    result = abq("eval", packed_directory, *options, "--json", tmp_path / "e.json")
+    alone = report(result, tmp_path / "e.json")
+    assert (alone["perplexity"], alone["kl"], alone["tokens"]) == ({}, None, 0)  # no text unless asked for
+    assert list(alone["tasks"]) == ["piqa", "boolq"]
+    assert all(set(scores) == {"acc", "acc_norm", "stderr"} for scores in alone["tasks"].values())
+    assert alone["tasks"]["boolq"]["acc_norm"] is None and "boolq" in result.stdout
+    both = report(abq("eval", packed_directory, *options, *text, "--json", tmp_path / "e.json"), tmp_path / "e.json")
+    assert both["tasks"] == alone["tasks"] and set(both["perplexity"]) == {"text.txt"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert_refused(abq("eval", packed_directory, *options), "pip install 'abq-llm[eval]'")
 
 
 def test_eval_refuses_two_texts_of_one_name(packed_directory: Path, model_directory: Path) -> None:
@@ -312,6 +332,8 @@ def test_demo_needs_its_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         (("eval", "PACKED", "--backend", "abacus"), "unknown backend 'abacus'"),
         (("eval", "MODEL", "--backend", "abacus"), "unknown backend 'abacus'"),
         (("eval", "PACKED", "--ppl", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("eval", "PACKED", "--tasks", "piqa,"), "--tasks 'piqa,': a name is empty"),
+        (("eval", "PACKED", "--task-path", "/nowhere"), "--task-path /nowhere: needs --tasks"),
         (("eval", "/nowhere"), "/nowhere: no such file or directory"),
         (("generate", "/nowhere", "hello"), "/nowhere: no such file or directory"),
         (("info", "/nowhere"), "/nowhere: no such directory"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abq_llm.errors import AbqError
-from abq_llm.evaluation import evaluate, perplexity
+from abq_llm.evaluation import evaluate, logits
 from tests.tiny import VARIANTS, VOCAB, tiny_model
 
 
@@ -30,7 +30,7 @@ def naive(model, tokens, reference):
 @pytest.mark.parametrize("variant", [*VARIANTS.values(), ("gemma2", {"head_dim": 16})], ids=[*VARIANTS, "gemma2"])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_equals_the_definition(variant, batch_size, tokens, monkeypatch):
-    monkeypatch.setattr(perplexity, "ROWS", 7)  # divides neither a window's 19 positions nor a batch's 38
+    monkeypatch.setattr(logits, "ROWS", 7)  # divides neither a window's 19 positions nor a batch's 38
     model_type, overrides = variant
     model = tiny_model(model_type, **overrides)
     reference = tiny_model(model_type, **overrides)
@@ -43,6 +43,17 @@ def test_equals_the_definition(variant, batch_size, tokens, monkeypatch):
     assert 0 < result.top1_agreement < 1  # else the next line could not fail
     assert result.top1_agreement == pytest.approx(agreement)
     assert result.tokens == 3 * 19
+
+
+@torch.no_grad()
+def test_the_normalisation_of_the_published_scripts_gives_the_same_number(tokens):
+    """They weight the mean loss of seqlen - 1 tokens by seqlen, then divide by windows * seqlen: both cancel."""
+    model, seqlen, nlls = tiny_model(), tokens.shape[1], []
+    for window in tokens:
+        logits = model(window[None]).logits[0, :-1]
+        nlls.append(torch.nn.functional.cross_entropy(logits, window[1:]) * seqlen)
+    legacy = torch.exp(torch.stack(nlls).sum() / (len(tokens) * seqlen))
+    assert evaluate(model, tokens).perplexity == pytest.approx(legacy.item(), rel=1e-6)
 
 
 def test_without_reference(tokens):
@@ -71,7 +82,7 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity(tokens):
 
 
 def test_logits_exist_only_in_chunks(tokens, monkeypatch):
-    monkeypatch.setattr(perplexity, "ROWS", 5)
+    monkeypatch.setattr(logits, "ROWS", 5)
     model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // VOCAB))
     evaluate(model, tokens[:, :20])

@@ -6,6 +6,7 @@ import typer
 
 from abq_llm.cli.bench import bench
 from abq_llm.cli.common import CommandGroup
+from abq_llm.cli.compare import compare
 from abq_llm.cli.demo import demo
 from abq_llm.cli.eval import evaluate
 from abq_llm.cli.generate import generate
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
+app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("info")(info)
 app.add_typer(bench, name="bench")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,12 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from abq_llm.cli.common import JsonFile, check_json, figure, progress_bar, read_shape, write_json
+from abq_llm.cli.common import JsonFile, check_json, commit_of_code, figure, progress_bar, read_shape, write_json
 from abq_llm.errors import AbqError
 
 if TYPE_CHECKING:
-    import torch
-
     from abq_llm.evaluation.kernel_speed import Row
 
 SCHEMES = ("W2A8", "W2*A8", "W3A8", "W4A8", "W8A8", "W4A4", "W6A6", "W2A2", "W2A16", "W4A16g128")
@@ -64,7 +61,7 @@ def bench_kernels(
     check_json(json_file)
     check_json(plot, "--plot")
     from abq_llm import kernels
-    from abq_llm.devices import pick_device
+    from abq_llm.devices import device_name, pick_device
     from abq_llm.evaluation import kernel_plot, kernel_speed, kernels_compared
     from abq_llm.scheme import Scheme
 
@@ -102,19 +99,19 @@ def bench_kernels(
         raise AbqError(f"nothing could be measured: {failures[0]}")
 
     values = {
-        "device": _device_name(place),
+        "device": device_name(place),
         "backend": name,
         "bandwidth_gb_per_s": bandwidth / 1e9,
         "versions": _versions(),
-        "commit": commit or _commit(),
+        "commit": commit or commit_of_code(),
         "rows": [asdict(row) for row in rows],
         "failures": [asdict(failure) for failure in failures],
     }
     write_json(json_file, values)
-    caption = f"{_device_name(place)}, reads {bandwidth / 1e9:,.0f} GB/s; us: the median"
+    caption = f"{device_name(place)}, reads {bandwidth / 1e9:,.0f} GB/s; us: the median"
     Console().print(_table(rows, caption))
     if plot:
-        kernel_plot.draw(rows, bandwidth, plot, title=_device_name(place))
+        kernel_plot.draw(rows, bandwidth, plot, title=device_name(place))
 
 
 def _shapes(texts: list[str], model: str | None) -> list[tuple[int, int]]:
@@ -160,14 +157,6 @@ def _table(rows: list[Row], caption: str) -> Table:
     return table
 
 
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
-
-
 def _versions() -> dict[str, str]:
     import torch
 
@@ -182,17 +171,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def _commit() -> str | None:
-    """The commit of this code, "-dirty" after it if there are changes; None if git does not know this file."""
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return None if done.returncode else done.stdout.strip()
-
-    try:
-        tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
-        return tracked and git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except OSError:  # no git
-        return None

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to FILE as JSON.")]
+
+Tasks = Annotated[
+    str | None,
+    typer.Option(metavar="NAME,NAME", help="Zero-shot tasks by their names in lm-evaluation-harness: piqa,arc_easy"),
+]
+TaskPath = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Read the tasks from local files, not from the hub.")
+]
 
 
 class CommandGroup(TyperGroup):
@@ -80,6 +90,26 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+def counter(bar: Progress, name: str) -> Callable[[int, int], None]:
+    """A new line of `bar`, as what to call with (done, total)."""
+    task = bar.add_task(name, total=None, note="")
+    return lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def read_tasks(text: str | None, task_path: Path | None) -> list[str]:
+    """ "piqa,arc_easy" -> its names, each once.
+
+    Raises:
+        AbqError: an empty name, or a `task_path` that is no folder or that nothing is read from.
+    """
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise AbqError(f"--tasks {text!r}: a name is empty")
+    if task_path is not None and not (names and task_path.is_dir()):
+        raise AbqError(f"--task-path {task_path}: " + ("no such folder" if names else "needs --tasks"))
+    return list(dict.fromkeys(names))
+
+
 def quiet_libraries() -> None:
     """Keep the bars and warnings of Transformers from the terminal; errors still raise."""
     from transformers.utils import logging
@@ -120,3 +150,17 @@ def read_shape(text: str) -> tuple[int, int] | None:
     """ "4096x11008", output x input features of a linear -> (n, k); None if that is not what it is."""
     match = re.fullmatch(r"([1-9][0-9]*)[xX×]([1-9][0-9]*)", text)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def commit_of_code() -> str | None:
+    """The commit of this code, "-dirty" after it if there are changes; None if git does not know this file."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return None if done.returncode else done.stdout.strip()
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+        return tracked and git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except OSError:  # no git
+        return None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from abq_llm.errors import AbqError
-
-ROWS = 256  # positions whose logits exist at the same time: 256 x 128k x 4 bytes = 125 MiB per temporary
+from abq_llm.evaluation.logits import has_separate_head, in_rows, logits_at
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def evaluate(
 ) -> Evaluation:
     """Predict every token of every window from the tokens before it in the same window.
 
-    Log-probabilities are computed in float32 from the models' logits, for `ROWS` positions at a time, and summed in
+    Log-probabilities are computed in float32 from the models' logits, a few positions at a time, and summed in
     float64. The two models may be on different devices and of different dtypes; they are compared on the model's.
 
     Args:
@@ -58,14 +57,16 @@ def evaluate(
     if batch_size < 1:
         raise AbqError(f"batch_size is {batch_size}, it must be at least 1")
     models = [model] if reference is None else [model, reference]
-    separate_head = [_has_separate_head(each, tokens) for each in models]
+    separate_head = [has_separate_head(each, tokens) for each in models]
 
     nll = kl = torch.zeros((), dtype=torch.float64, device=model.device)
     agreed, windows, done = 0, len(tokens), 0
     for batch in tokens.split(batch_size):
-        window = torch.arange(done, done + len(batch)).repeat_interleave(batch.shape[1] - 1).split(ROWS)
-        target = batch[:, 1:].flatten().to(model.device).split(ROWS)
-        streams = [_logits(each, batch, apart) for each, apart in zip(models, separate_head, strict=True)]
+        window = in_rows(torch.arange(done, done + len(batch)).repeat_interleave(batch.shape[1] - 1))
+        target = in_rows(batch[:, 1:].flatten().to(model.device))
+        predicting = torch.ones_like(batch, dtype=torch.bool)
+        predicting[:, -1] = False
+        streams = [logits_at(each, batch, predicting, apart) for each, apart in zip(models, separate_head, strict=True)]
         for rows, ids, (logits, *expected) in zip(window, target, zip(*streams, strict=True), strict=True):
             log_q = logits.float().log_softmax(-1)
             row_nll = -log_q.gather(1, ids[:, None])[:, 0]
@@ -83,30 +84,6 @@ def evaluate(
     if reference is None:
         return Evaluation(perplexity, None, None, count)
     return Evaluation(perplexity, float(kl / count), agreed / count, count)
-
-
-def _logits(model: PreTrainedModel, batch: torch.Tensor, separate_head: bool) -> Iterator[torch.Tensor]:
-    """Logits of all positions but the last of each window: chunks of at most [ROWS, vocabulary]."""
-    inputs = {"input_ids": batch.to(model.device), "use_cache": False}
-    if separate_head:
-        head = model.get_output_embeddings()
-        hidden = model.base_model(**inputs)[0][:, :-1].flatten(0, 1)
-        return (head(rows) for rows in hidden.split(ROWS))
-    return iter(model(**inputs).logits[:, :-1].flatten(0, 1).split(ROWS))
-
-
-def _has_separate_head(model: PreTrainedModel, tokens: torch.Tensor) -> bool:
-    """Whether logits are exactly the output embedding of the last hidden states, so that it can be applied in chunks.
-
-    Not so where logits are scaled or capped afterwards (Gemma 2, Cohere, Granite ...); tried out on a few tokens
-    rather than looked up, so that it holds for every architecture.
-    """
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        return False
-    inputs = {"input_ids": tokens[:1, :8].to(model.device), "use_cache": False}
-    hidden = model.base_model(**inputs)[0]
-    return torch.equal(head(hidden), model(**inputs).logits)
 
 
 def _divergence(reference_logits: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
