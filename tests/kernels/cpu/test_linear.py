@@ -90,7 +90,9 @@ def test_weight_only_keeps_activations_to_23_bits(level, scheme):
             for first in range(start, min(start + size, k), 128):
                 part = slice(first, min(first + 128, start + size, k))
                 largest += np.abs(x[:, part].double().numpy()).max(1)[:, None] * np.abs(w[:, part]).sum(1)
-        assert (np.abs(ours.double().numpy() - exact) <= largest * 2.0**-23 + magnitude * (segments + 6) * 2.0**-24).all()
+        assert (
+            np.abs(ours.double().numpy() - exact) <= largest * 2.0**-23 + magnitude * (segments + 6) * 2.0**-24
+        ).all()
 
 
 @pytest.mark.parametrize("scheme", ["W4A8", "W4A8g32", "W4A16", "W4A16g32", "W8*A8"])
@@ -119,7 +121,9 @@ def test_zeros_and_tiny_values(level):
 
 def test_a_level_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setenv("ABQ_CPU_LEVEL", "sse9")
-    with pytest.raises(AbqError, match="backend 'cpu' cannot run on cpu: ABQ_CPU_LEVEL is 'sse9', but here are .*scalar"):
+    with pytest.raises(
+        AbqError, match=r"backend 'cpu' cannot run on cpu: ABQ_CPU_LEVEL is 'sse9', but here are .*scalar"
+    ):
         kernels.choose_backend("cpu", CPU)
     assert kernels.choose_backend("auto", CPU) == "reference"
 
@@ -127,7 +131,9 @@ def test_a_level_that_is_not_there_is_refused(monkeypatch):
 def test_without_the_module_auto_is_the_reference(monkeypatch):
     cpu.native.module.cache_clear()
     monkeypatch.setenv("ABQ_NATIVE_MODULE", "/nowhere/_native.so")
-    with pytest.raises(AbqError, match=r"backend 'cpu' cannot run on cpu: its native module is not there \(.*nowhere.*\)"):
+    with pytest.raises(
+        AbqError, match=r"backend 'cpu' cannot run on cpu: its native module is not there \(.*nowhere.*\)"
+    ):
         kernels.choose_backend("cpu", CPU)
     assert kernels.choose_backend("auto", CPU) == "reference"
     cpu.native.module.cache_clear()
