@@ -52,9 +52,7 @@ def bench_kernels(
     backend: Annotated[str, typer.Option(help="Our kernels: auto, reference, ...")] = "auto",
     rivals: Annotated[
         bool,
-        typer.Option(
-            help="Also time torch in fp16 and int8 (on a CPU, fp32 and bf16), and on a GPU humming."
-        ),
+        typer.Option(help="Also time torch in fp16 and int8 (on a CPU, fp32 and bf16), and on a GPU humming."),
     ] = True,
     check: Annotated[bool, typer.Option(help="Compare with the reference backend, up to 64 tokens.")] = True,
     commit: Annotated[

@@ -60,8 +60,8 @@ bool agree(const abq::Level& level, const Case& c) {
     const abq::Level* both[] = {&abq::scalar, &level};
     for (int i = 0; i < 2; ++i) {
         y[i].assign(c.tokens * c.rows, 0);
-        abq::linear(*both[i], x.data(), c.tokens, *static_cast<abq::Weight*>(weight),
-                    c.with_bias ? bias.data() : nullptr, {c.bits, c.symmetric}, y[i].data(), 1 + i);
+        abq::linear(*both[i], x.data(), c.tokens, {c.bits, c.symmetric},
+                    {{static_cast<abq::Weight*>(weight), c.with_bias ? bias.data() : nullptr, y[i].data()}}, 1 + i);
     }
     return std::memcmp(y[0].data(), y[1].data(), y[0].size() * sizeof(float)) == 0;
 }

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #define VECTOR_BYTES 32
+#include "attention.h"
 #include "product.h"
 #include "quantize.h"
 
@@ -31,13 +32,17 @@ struct Avx2 {
     }
 
     static Floats halves(const uint16_t* from) { return (Floats)_mm256_cvtph_ps(load<__m128i>(from)); }
+    static void to_halves(Floats floats, uint16_t* to) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)floats, 0));
+    }
 };
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
 
-const Level avx2{"avx2", supported, width_of<Avx2>, quantize, product_of<Avx2>};
+const Level avx2{"avx2", supported,  width_of<Avx2>, quantize,       product_of<Avx2>,
+                   norm,     swiglu, dense<Avx2>, append<Avx2>, attend<Avx2>};
 
 }  // namespace abq
 #endif

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #define VECTOR_BYTES 64
+#include "attention.h"
 #include "product.h"
 #include "quantize.h"
 
@@ -21,6 +22,9 @@ struct Avx512 {
     }
 
     static Floats halves(const uint16_t* from) { return (Floats)_mm512_cvtph_ps(load<__m256i>(from)); }
+    static void to_halves(Floats floats, uint16_t* to) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)floats, 0));
+    }
 };
 
 bool supported() {
@@ -31,7 +35,8 @@ bool supported() {
 
 }  // namespace
 
-const Level avx512{"avx512", supported, width_of<Avx512>, quantize, product_of<Avx512>};
+const Level avx512{"avx512", supported,  width_of<Avx512>, quantize,       product_of<Avx512>,
+                   norm,     swiglu, dense<Avx512>, append<Avx512>, attend<Avx512>};
 
 }  // namespace abq
 #endif

@@ -6,6 +6,7 @@
 #endif
 
 #define VECTOR_BYTES 16
+#include "attention.h"
 #include "product.h"
 #include "quantize.h"
 
@@ -24,6 +25,9 @@ struct Neon {
     }
 
     static Floats halves(const uint16_t* from) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
+    static void to_halves(Floats floats, uint16_t* to) {
+        vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)floats)));
+    }
 };
 
 bool supported() {
@@ -36,7 +40,8 @@ bool supported() {
 
 }  // namespace
 
-const Level neon{"neon", supported, width_of<Neon>, quantize, product_of<Neon>};
+const Level neon{"neon", supported,  width_of<Neon>, quantize,       product_of<Neon>,
+                   norm,     swiglu, dense<Neon>, append<Neon>, attend<Neon>};
 
 }  // namespace abq
 #endif

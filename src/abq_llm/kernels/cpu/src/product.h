@@ -3,7 +3,7 @@
 // What is computed is in `scalar.cpp`, in plain loops. A level V adds
 //     dot<P>(sums, codes, x)   sums[row] += codes[row][0 .. 3] * x[0 .. 3], for codes of P bits
 //     CODE_OFFSET<P>           what `dot` takes off each code
-//     halves(from)             LANES fp16 numbers as Floats
+//     halves(from)             LANES fp16 numbers as Floats; to_halves(floats, to) is the way back
 //     MOST_TOKENS(_A16)        of a strip: what the registers hold
 #pragma once
 
@@ -11,8 +11,6 @@
 
 #include "level.h"
 #include "vectors.h"
-
-#define UNROLL _Pragma("GCC unroll 32")  // or else arrays of vectors would not stay in registers
 
 namespace abq {
 namespace {  // every level compiles its own copy

@@ -42,6 +42,24 @@ Range range_of(const float* x, int64_t count) {
     return {low, high, strange == 0};
 }
 
+struct Grid {
+    float scale, reciprocal, zero;
+};
+
+Grid grid_of(const Range& range, int bits, bool symmetric) {
+    const float max_code = float((1 << bits) - 1);
+    Grid grid{0, 0, float(1 << (bits - 1))};
+    if (!range.finite) return {NOT_A_NUMBER, 0, 0};
+    if (symmetric)
+        grid.scale = larger(range.high, -range.low) / larger(max_code - grid.zero, 1);
+    else
+        grid.scale = (range.high - range.low) / max_code;
+    grid.scale = larger(grid.scale, MIN_SCALE);
+    grid.reciprocal = 1 / grid.scale;
+    if (!symmetric) grid.zero = smaller(round_even(-range.low * grid.reciprocal), max_code);
+    return grid;
+}
+
 // A block's codes of one digit, in their places among those of the strip's other tokens.
 inline void scatter(const int8_t* codes, int8_t* strip, int64_t stride) {
     for (int step = 0; step < STEPS; ++step) std::memcpy(strip + step * stride, codes + STEP * step, STEP);
@@ -51,16 +69,9 @@ void quantize_short(const float* x, const Tokens& tokens, int64_t strip, int lan
     const Format format = tokens.format;
     const Range range = range_of(x, tokens.columns.count);
     const float max_code = float(tokens.max_code), offset = float(tokens.offset);
-    float scale, zero = float(1 << (format.bits - 1));
-    if (format.symmetric)
-        scale = larger(range.high, -range.low) / larger(max_code - zero, 1);
-    else
-        scale = (range.high - range.low) / max_code;
-    scale = larger(scale, MIN_SCALE);
-    const float reciprocal = 1 / scale;
-    if (!format.symmetric) zero = smaller(round_even(-range.low * reciprocal), max_code);
-    tokens.scale[strip * tokens.width + lane] = range.finite ? scale : NOT_A_NUMBER;
-    tokens.zero[strip * tokens.width + lane] = range.finite ? int32_t(zero - offset) : 0;
+    const Grid grid = grid_of(range, format.bits, format.symmetric);
+    tokens.scale[strip * tokens.width + lane] = grid.scale;
+    tokens.zero[strip * tokens.width + lane] = int32_t(grid.zero - offset);
 
     const int64_t stride = STEP * tokens.width;
     int8_t* out = tokens.codes + strip * tokens.codes_per_strip + STEP * lane;
@@ -73,7 +84,7 @@ void quantize_short(const float* x, const Tokens& tokens, int64_t strip, int lan
             std::memcpy(block, x, sizeof(float) * filled);
             alignas(BLOCK) int8_t codes[BLOCK];
             for (int i = 0; i < BLOCK; ++i) {
-                const float code = smaller(larger(round_even(block[i] * reciprocal) + zero, 0), max_code);
+                const float code = smaller(larger(round_even(block[i] * grid.reciprocal) + grid.zero, 0), max_code);
                 codes[i] = int8_t(int32_t(code - offset));
             }
             for (int i = filled; i < BLOCK; ++i) codes[i] = 0;

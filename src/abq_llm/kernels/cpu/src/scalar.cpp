@@ -5,6 +5,8 @@
 // The sum over k is an integer. At A16 it has three digits, and s_x stands inside the sum over segments.
 #include <vector>
 
+#define VECTOR_BYTES 16
+#include "attention.h"
 #include "half.h"
 #include "level.h"
 #include "quantize.h"
@@ -72,12 +74,25 @@ void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t s
     }
 }
 
+// What attention.h asks of a level: LANES fp16 numbers, one by one.
+struct Scalar {
+    static Floats halves(const uint16_t* from) {
+        Floats floats;
+        for (int i = 0; i < LANES; ++i) floats[i] = float_of_half(from[i]);
+        return floats;
+    }
+    static void to_halves(Floats floats, uint16_t* to) {
+        for (int i = 0; i < LANES; ++i) to[i] = half_of_float(floats[i]);
+    }
+};
+
 bool supported() { return true; }
 int width_of(int64_t tokens, int) { return int(smaller(tokens, 8)); }
 Product product_of(int, int, int) { return product; }
 
 }  // namespace
 
-const Level scalar{"scalar", supported, width_of, quantize, product_of};
+const Level scalar{"scalar", supported,     width_of,       quantize,       product_of, norm,
+                   swiglu,   dense<Scalar>, append<Scalar>, attend<Scalar>};
 
 }  // namespace abq

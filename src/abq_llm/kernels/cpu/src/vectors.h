@@ -24,6 +24,8 @@ inline T load(const void* from) {
     return vector;
 }
 
+#define UNROLL _Pragma("GCC unroll 32")  // or else arrays of vectors would not stay in registers
+
 // Each byte shifted right by SHIFT (left if negative), then masked: the mask removes what came from its neighbour.
 template <int SHIFT, int MASK>
 inline Bytes field(Bytes bytes) {
