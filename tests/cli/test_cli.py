@@ -218,6 +218,16 @@ def test_generate_by_either_engine(packed_directory: Path, model_directory: Path
     assert_refused(abq(*asked, "gpu"), "--engine gpu: is not one of auto, cpu, transformers")
 
 
+def test_a_packed_head_is_recorded_and_used(model_directory: Path, tmp_path: Path) -> None:
+    assert quantize(model_directory, tmp_path / "out", "--head-bits", 8).exit_code == 0
+    assert checkpoint.read_config(tmp_path / "out").head_bits == 8
+    asked = ("generate", tmp_path / "out", "hello", "--max-new-tokens", 5, "--engine")
+    assert abq(*asked, "cpu").stdout == abq(*asked, "transformers").stdout
+    assert_refused(
+        quantize(model_directory, tmp_path / "no", "--head-bits", 9), "9 bits of the head are not in 1..8 or 16"
+    )
+
+
 def test_generate_in_chat(packed_directory: Path, model_directory: Path) -> None:
     chat = abq("generate", packed_directory, "hello", "--max-new-tokens", 5, "--chat")
     assert chat.stdout == abq("generate", packed_directory, "hello\n", "--max-new-tokens", 5).stdout

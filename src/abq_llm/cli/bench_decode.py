@@ -82,14 +82,24 @@ def bench_decode(
         "rows": [asdict(row) for row in rows],
     }
     write_json(json_file, values)
-    caption = (
-        f"{_device_name(place)}, reads {bandwidth / 1e9:,.0f} GB/s; {prompt} tokens read, {tokens} written"
-    )
+    caption = f"{_device_name(place)}, reads {bandwidth / 1e9:,.0f} GB/s; {prompt} tokens read, {tokens} written"
     table = Table(caption=caption)
-    for column in ("model", "scheme", "engine", "tokens/s", "ms a token", "of the floor", "prefill tokens/s", "memory"):
+    for column in (
+        "model",
+        "scheme",
+        "head",
+        "engine",
+        "tokens/s",
+        "ms a token",
+        "of the floor",
+        "prefill tokens/s",
+        "memory",
+    ):
         table.add_column(column, justify="left" if column in ("model", "scheme", "engine") else "right")
     for row in rows:
         memory = "" if row.peak_memory_bytes is None else megabytes(row.peak_memory_bytes)
         speeds = (figure(row.tokens_per_s), figure(row.ms_per_token), f"{row.fraction_of_floor:.0%}")
-        table.add_row(row.model, row.scheme, row.engine, *speeds, figure(row.prefill_tokens_per_s), memory)
+        table.add_row(
+            row.model, row.scheme, str(row.head_bits), row.engine, *speeds, figure(row.prefill_tokens_per_s), memory
+        )
     Console().print(table)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abq_llm.engine.cpu import CpuEngine, unsupported
+from abq_llm.head import head_bits
 from abq_llm.linear import QuantLinear
 
 ENGINES = ("cpu", "transformers")
@@ -29,7 +30,8 @@ class Row:
     """One model by one engine."""
 
     model: str
-    scheme: str
+    scheme: str  # or the dtype of a model that is not packed
+    head_bits: int
     engine: str
     tokens_per_s: float  # 1000 / ms_per_token
     ms_per_token: float  # the median
@@ -73,10 +75,12 @@ def measure(
         progress()
     ms = statistics.median(times)
     floor = 1e3 * bytes_per_token(model, prompt + tokens // 2) / bandwidth
-    schemes = {str(module.scheme) for module in model.modules() if isinstance(module, QuantLinear)}
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[assignment]
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear) and module is not head]
     return Row(
         model=name,
-        scheme=" ".join(sorted(schemes)) or str(model.dtype).removeprefix("torch."),
+        scheme=str(packed[0].scheme) if packed else str(model.dtype).removeprefix("torch."),
+        head_bits=head_bits(model),
         engine=engine,
         tokens_per_s=1e3 / ms,
         ms_per_token=ms,
