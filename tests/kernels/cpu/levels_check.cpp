@@ -1,5 +1,6 @@
-// Compares every level that this CPU supports with `scalar`, bit for bit; prints a line for each and returns how many
-// cases differ. Without Python, so that a build for another architecture can run under an emulator.
+// Compares every level that this CPU supports with `scalar`: products bit for bit, attention to the rounding of fp32
+// sums. Prints a line for each and returns how many cases differ. Without Python, so that a build for another architecture can run under an emulator.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -66,6 +67,31 @@ bool agree(const abq::Level& level, const Case& c) {
     return std::memcmp(y[0].data(), y[1].data(), y[0].size() * sizeof(float)) == 0;
 }
 
+// Whether attention over random keys and values is that of `scalar`, whose sums are in another order.
+bool attends_alike(const abq::Level& level) {
+    const int widths[] = {1, 4, 5, 8, 16};
+    const int64_t d = 32 * uniform(1, 4), length = uniform(1, 70), positions = 80;
+    const int bits = widths[uniform(0, 4)], queries = uniform(1, 6);
+    std::vector<float> key(length * d), value(length * d), query(queries * d), out[2], scores(4 * (positions + 16));
+    for (auto* numbers : {&key, &value, &query})
+        for (auto& number : *numbers) number = float(uniform(-1000, 2000)) / 997;
+    const bool symmetric = uniform(0, 1) == 1;
+    const abq::Level* both[] = {&abq::scalar, &level};
+    for (int i = 0; i < 2; ++i) {
+        std::vector<uint8_t> codes[2], zeros[2];
+        std::vector<float> scales[2];
+        for (int j = 0; j < 2; ++j) codes[j].resize(2 * positions * d), zeros[j].resize(positions), scales[j].resize(positions);
+        const abq::Head head{d, bits, symmetric, codes[0].data(), codes[1].data(), scales[0].data(), scales[1].data(),
+                             zeros[0].data(), zeros[1].data()};
+        for (int64_t p = 0; p < length; ++p) both[i]->append(head, p, key.data() + p * d, value.data() + p * d);
+        out[i].resize(queries * d);
+        both[i]->attend(head, length, query.data(), queries, 0.2f, scores.data(), out[i].data());
+    }
+    for (size_t i = 0; i < out[0].size(); ++i)
+        if (!(std::fabs(out[0][i] - out[1][i]) < 1e-4f)) return false;
+    return true;
+}
+
 }  // namespace
 
 int main() {
@@ -81,6 +107,7 @@ int main() {
             std::printf("%s differs: W%dA%d%s %ld x %ld, groups of %ld, %ld tokens\n", level.name, c.planes, c.bits,
                         c.symmetric ? " symmetric" : "", long(c.rows), long(c.columns), long(c.group), long(c.tokens));
         }
+        for (int i = 0; i < 100; ++i, ++cases) bad += !attends_alike(level);
         std::printf("%s: %d of %d cases as scalar\n", level.name, cases - bad, cases);
         wrong += bad;
     }
