@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from abq_llm.data import evaluation_tokens
 from abq_llm.evaluation import evaluate
-from abq_llm.linear import QuantLinear
+from abq_llm.linear import QuantLinear, set_backend
 from abq_llm.models import load_model
 from abq_llm.quantize import quantize
 from abq_llm.quantizers import choose_qparams, from_groups, to_groups
@@ -96,6 +96,7 @@ def main() -> None:
     for scheme in args.schemes.split(","):
         packed = copy.deepcopy(model)
         quantize(packed, scheme, "rtn", device="cpu")
+        set_backend(packed, "reference")
         perplexity, seconds = timed(packed)
         row = {
             "scheme": scheme,

@@ -276,6 +276,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad scheme": (edit_quantization(scheme="W9A8"), "bad scheme 'W9A8' at position 1"),
     "no scheme": (edit_quantization(scheme=None), "scheme is None, expected str"),
     "W16": (edit_quantization(scheme="W16A8"), "'W16A8' has no quantized weights"),
+    "head bits": (edit_quantization(head_bits=9), "head_bits is 9, expected 1..8 or 16"),
     "flag not bool": (edit_quantization(weight_symmetric="no"), "weight_symmetric is 'no', expected bool"),
     "scale dtype": (edit_quantization(scale_dtype="int8"), "scale_dtype is 'int8', expected one of float16"),
     "module names": (edit_quantization(modules_to_not_convert=[1]), "modules_to_not_convert holds something"),

@@ -26,6 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from abq_llm import attention, kernels
 from abq_llm.errors import AbqError
+from abq_llm.head import HEAD_BITS, head_bits, head_name, head_scheme
 from abq_llm.linear import QuantLinear, set_backend
 from abq_llm.modules import adapt
 from abq_llm.scheme import Scheme
@@ -52,12 +53,14 @@ class QuantizationConfig:
         scheme: with its two symmetry flags, which are keys of their own in the file.
         scale_dtype: dtype of every weight_scale.
         modules_to_not_convert: full names of the nn.Linear modules that stay as they are.
+        head_bits: of the output head, which has a scheme of its own (`head.py`); 16: not packed, and not in the file.
         provenance: how the checkpoint was made; anything that JSON holds.
     """
 
     scheme: Scheme
     scale_dtype: torch.dtype = torch.float16
     modules_to_not_convert: tuple[str, ...] = ()
+    head_bits: int = 16
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -74,7 +77,7 @@ class QuantizationConfig:
             raise AbqError(f"{where}: format_version is {version!r}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise AbqError(f"{where}: format_version {version} is newer than {FORMAT_VERSION}: update abq-llm")
-        defaults = {**cls(Scheme(None, None)).to_dict(), "scheme": None}
+        defaults = {**cls(Scheme(None, None)).to_dict(), "scheme": None, "head_bits": 16}
         for key in values:
             if key not in defaults:
                 near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
@@ -96,8 +99,10 @@ class QuantizationConfig:
             raise AbqError(f"{where}: {error}") from error
         if scheme.weight is None:
             raise AbqError(f"{where}: scheme {values['scheme']!r} has no quantized weights to pack")
+        if type(values["head_bits"]) is not int or values["head_bits"] not in HEAD_BITS:
+            raise AbqError(f"{where}: head_bits is {values['head_bits']!r}, expected 1..8 or 16")
         names = tuple(values["modules_to_not_convert"])
-        return cls(scheme, scale_dtype, names, values["provenance"])
+        return cls(scheme, scale_dtype, names, values["head_bits"], values["provenance"])
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object; `from_dict` of it is equal to self."""
@@ -109,6 +114,7 @@ class QuantizationConfig:
             "activation_symmetric": self.scheme.activation_symmetric,
             "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
             "modules_to_not_convert": list(self.modules_to_not_convert),
+            **({"head_bits": self.head_bits} if self.head_bits != 16 else {}),
             "provenance": self.provenance,
         }
 
@@ -188,6 +194,8 @@ def _describe(model: PreTrainedModel, provenance: dict[str, Any] | None) -> None
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not quantized:
         raise AbqError("nothing to save as a packed checkpoint: the model has no quantized linear")
+    if head_bits(model) != 16:
+        del quantized[head_name(model)]
     kinds = {(module.scheme, module.weight_scale.dtype): name for name, module in quantized.items()}
     if len(kinds) > 1:
         listing = ", ".join(f"{name} {scheme} with scales in {dtype}" for (scheme, dtype), name in kinds.items())
@@ -197,7 +205,8 @@ def _describe(model: PreTrainedModel, provenance: dict[str, Any] | None) -> None
         provenance = {} if known is None else dict(known)["provenance"]
     ((scheme, scale_dtype),) = kinds
     skipped = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    model.config.quantization_config = QuantizationConfig(scheme, scale_dtype, skipped, provenance).to_dict()
+    config = QuantizationConfig(scheme, scale_dtype, skipped, head_bits(model), provenance)
+    model.config.quantization_config = config.to_dict()
     name_attention(model)
 
 
@@ -310,12 +319,13 @@ def replace_linears(model: PreTrainedModel, config: QuantizationConfig) -> None:
     for name in config.modules_to_not_convert:
         if linears.pop(name, None) is None:
             raise AbqError(f"modules_to_not_convert names {name!r}, which is no linear of {type(model).__name__}")
+    head = head_name(model) if config.head_bits != 16 else None
     for name, linear in linears.items():
         has_bias = linear.bias is not None
         quantized = QuantLinear(
             linear.in_features,
             linear.out_features,
-            config.scheme,
+            head_scheme(config.head_bits) if name == head else config.scheme,
             bias=has_bias,
             dtype=linear.weight.dtype,
             scale_dtype=config.scale_dtype,

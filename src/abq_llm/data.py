@@ -313,7 +313,8 @@ def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _ordinary_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """bool [vocabulary of the model]: known to the tokenizer and neither special nor an end of text."""
-    ordinary = torch.arange(model.get_output_embeddings().weight.shape[0]) < len(tokenizer)
+    embedding: Any = model.get_input_embeddings()
+    ordinary = torch.arange(len(embedding.weight)) < len(tokenizer)
     end = model.generation_config.eos_token_id
     special = {*tokenizer.all_special_ids, *(end if isinstance(end, list) else [end])}
     special |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -22,6 +22,7 @@ from abq_llm.checkpoint import packed_size
 from abq_llm.data import TokenSet
 from abq_llm.devices import pick_device
 from abq_llm.errors import AbqError
+from abq_llm.head import HEAD_BITS, quantize_head
 from abq_llm.linear import QuantLinear
 from abq_llm.methods import Method, method_by_name
 from abq_llm.modules import adapt
@@ -54,6 +55,7 @@ def quantize(
     epochs: int | None = None,
     autocast: torch.dtype | None = None,
     offload: bool | None = None,
+    head_bits: int = 16,
     work_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -68,6 +70,7 @@ def quantize(
         epochs: shorthand for the method's option of that name.
         autocast: torch.bfloat16 for mixed precision, None for fp32.
         offload: whether the calibration streams stay in host memory; None: if the GPU has little to spare.
+        head_bits: of the output head: 1..8, rounded to nearest (`head.py`), or 16, left as it is.
         work_dir: where finished blocks are kept; complete ones found there are reused.
         progress: called with (block, blocks, loss or None, message).
 
@@ -83,6 +86,8 @@ def quantize(
     if epochs is not None and hasattr(method, "epochs"):
         method = replace(method, epochs=epochs)  # type: ignore[type-var]
     architecture = check_model(model, scheme)
+    if head_bits not in HEAD_BITS:
+        raise AbqError(f"{head_bits} bits of the head are not in 1..8 or 16")
     if method.needs_data and calibration is None:
         raise AbqError(f"method {method.name!r} learns from data: give it calibration tokens")
     tokens = calibration.tokens if method.needs_data and calibration else None
@@ -116,6 +121,7 @@ def quantize(
         quantize_blocks(model, architecture, scheme, method, tokens, settings, work_dir, progress or (lambda *_: None))
     )
     attention.set_kv_format(model, scheme.kv)
+    quantize_head(model, head_bits, settings.scale_dtype)
     return Report(
         scheme=str(scheme),
         method=method.name,

@@ -29,6 +29,10 @@ def test_kernels(tmp_path):
     assert [(row["kernel"], row["scheme"], row["m"], row["bit_exact"]) for row in values["rows"]] == [
         ("torch-fp16", "W16A16", 1, None),
         ("torch-fp16", "W16A16", 3, None),
+        ("torch-fp32", "W32A32", 1, None),
+        ("torch-fp32", "W32A32", 3, None),
+        ("torch-bf16", "W16A16", 1, None),
+        ("torch-bf16", "W16A16", 3, None),
         ("torch-int8", "W8A8", 1, None),
         ("torch-int8", "W8A8", 3, None),
         ("abq-reference", "W2*A8", 1, True),
@@ -36,6 +40,16 @@ def test_kernels(tmp_path):
         ("abq-reference", "W4A16g32", 1, None),
         ("abq-reference", "W4A16g32", 3, None),
     ]
+
+
+def test_the_cpu_backend_is_exact(tmp_path):
+    options = ("--shape", "24x40", "--device", "cpu", "-s", "W2*A8", "-s", "W4A8g8", "-m", 1, "-m", 3, "--no-rivals")
+    values = report(abq("bench", "kernels", *options, "--json", tmp_path / "b"), tmp_path / "b")
+    assert [(row["kernel"], row["bit_exact"], row["max_relative_error"]) for row in values["rows"]] == [
+        *[("abq-cpu", True, 0)] * 2,
+        *[("abq-cpu", None, 0)] * 2,
+    ]
+    assert values["device"].endswith(", 1 thread")
 
 
 @pytest.mark.parametrize("tokens", [("-m", "1"), ("-m", "1", "-m", "3")], ids=["bits", "tokens"])

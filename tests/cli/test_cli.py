@@ -222,7 +222,30 @@ def test_generate_streams_and_counts(packed_directory: Path, tmp_path: Path) -> 
     assert result.stdout == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
     assert figures["tokens"] == len(expected)
     assert figures["tokens_per_s"] == pytest.approx(figures["tokens"] / figures["seconds"])
-    assert "tokens/s" in result.stderr
+    assert "tokens/s (cpu)" in result.stderr and figures["engine"] == "cpu"
+
+
+def test_generate_by_either_engine(packed_directory: Path, model_directory: Path) -> None:
+    asked = ("generate", packed_directory, "hello", "--max-new-tokens", 5, "--engine")
+    cpu, transformers = abq(*asked, "cpu"), abq(*asked, "transformers")
+    assert cpu.stdout == transformers.stdout
+    assert "tokens/s (cpu)" in cpu.stderr and "tokens/s (transformers)" in transformers.stderr
+    assert "tokens/s (transformers)" in abq("generate", model_directory, "hello", "--max-new-tokens", 2).stderr
+    assert_refused(
+        abq("generate", model_directory, "hello", "--engine", "cpu"),
+        "the CPU engine cannot run this model: its linears are not packed",
+    )
+    assert_refused(abq(*asked, "gpu"), "--engine gpu: is not one of auto, cpu, transformers")
+
+
+def test_a_packed_head_is_recorded_and_used(model_directory: Path, tmp_path: Path) -> None:
+    assert quantize(model_directory, tmp_path / "out", "--head-bits", 8).exit_code == 0
+    assert checkpoint.read_config(tmp_path / "out").head_bits == 8
+    asked = ("generate", tmp_path / "out", "hello", "--max-new-tokens", 5, "--engine")
+    assert abq(*asked, "cpu").stdout == abq(*asked, "transformers").stdout
+    assert_refused(
+        quantize(model_directory, tmp_path / "no", "--head-bits", 9), "9 bits of the head are not in 1..8 or 16"
+    )
 
 
 def test_generate_in_chat(packed_directory: Path, model_directory: Path) -> None:

@@ -236,7 +236,9 @@ def test_choose_backend(monkeypatch):
     assert kernels.choose_backend("reference", cpu) == "reference"
     with pytest.raises(AbqError, match="backend 'plane-by-plane' cannot run on meta: it has no planes there"):
         kernels.choose_backend("plane-by-plane", meta)
-    with pytest.raises(AbqError, match="unknown backend 'fast'; this installation has plane-by-plane, cuda, reference"):
+    with pytest.raises(
+        AbqError, match="unknown backend 'fast'; this installation has plane-by-plane, cuda, cpu, reference"
+    ):
         kernels.choose_backend("fast", cpu)
     with pytest.raises(AbqError, match="backend 'cuda' cannot run on cpu: it needs an NVIDIA GPU"):
         kernels.choose_backend("cuda", cpu)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from abq_llm.cli.bench import bench
+from abq_llm.cli.bench_decode import bench
 from abq_llm.cli.common import CommandGroup
 from abq_llm.cli.compare import compare
 from abq_llm.cli.demo import demo

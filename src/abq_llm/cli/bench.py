@@ -48,7 +48,8 @@ def bench_kernels(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     backend: Annotated[str, typer.Option(help="Our kernels: auto, reference, ...")] = "auto",
     rivals: Annotated[
-        bool, typer.Option(help="Also time torch in fp16 and int8, and on a GPU humming if it is installed.")
+        bool,
+        typer.Option(help="Also time torch in fp16 and int8 (on a CPU, fp32 and bf16), and on a GPU humming."),
     ] = True,
     check: Annotated[bool, typer.Option(help="Compare with the reference backend, up to 64 tokens.")] = True,
     commit: Annotated[
@@ -60,6 +61,8 @@ def bench_kernels(
     """Time linear layers of any scheme on cold weights, activation quantization included."""
     check_json(json_file)
     check_json(plot, "--plot")
+    import torch
+
     from abq_llm import kernels
     from abq_llm.devices import device_name, pick_device
     from abq_llm.evaluation import kernel_plot, kernel_speed, kernels_compared
@@ -76,6 +79,8 @@ def bench_kernels(
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if rivals:
         candidates[:0] = [kernels_compared.torch_fp16(), kernels_compared.torch_int8()]
+        if place.type == "cpu":
+            candidates[1:1] = map(kernels_compared.torch_on_cpu, (torch.float32, torch.bfloat16))
         if place.type == "cuda" and (missing := kernels_compared.humming_missing()):
             errors.print(missing)
         elif place.type == "cuda":

@@ -88,8 +88,8 @@ def demo(
     directory = out / folder(ANSWER_SCHEME)
     print(f'\n$ abq generate {directory} "{QUESTION}" --chat')
     packed, _ = checkpoint.load(directory, dtype=reference.dtype)
-    tokens, seconds = stream(packed, tokenizer, QUESTION, max_new_tokens=ANSWER_TOKENS, chat=True)
-    print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.2f} tokens/s", file=sys.stderr)
+    done = stream(packed, tokenizer, QUESTION, max_new_tokens=ANSWER_TOKENS, chat=True)
+    print(done, file=sys.stderr)
 
 
 def small_model() -> Path:

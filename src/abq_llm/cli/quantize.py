@@ -32,6 +32,9 @@ def quantize(
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens in each of them.")] = 2048,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over them, per block.")] = 20,
+    head_bits: Annotated[
+        int, typer.Option(metavar="1..8|16", help="Of the output head, rounded to nearest; 16 leaves it.")
+    ] = 16,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from DIR.partial, which a stopped run left.")] = False,
@@ -87,6 +90,7 @@ def quantize(
                 device=place,
                 seed=seed,
                 epochs=epochs,
+                head_bits=head_bits,
                 work_dir=work_dir,
                 progress=progress,
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels import cuda, reference
+from abq_llm.kernels import cpu, cuda, reference
 from abq_llm.scheme import Scheme
 
 
@@ -29,7 +29,7 @@ class Backend(Protocol):
         """x [M, K] -> [M, N] in the dtype of x."""
 
 
-BACKENDS: dict[str, Backend] = {"cuda": cuda, "reference": reference}
+BACKENDS: dict[str, Backend] = {"cuda": cuda, "cpu": cpu, "reference": reference}
 
 
 def choose_backend(name: str, device: torch.device) -> str:

@@ -1,0 +1,3 @@
+from tests.kernels.cpu.conftest import built, level
+
+__all__ = ["built", "level"]
