@@ -9,10 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from abq_llm.cli.bench import _commit, _versions, bench
+from abq_llm.cli.bench import _versions, bench
 from abq_llm.cli.common import (
     JsonFile,
     check_json,
+    commit_of_code,
     figure,
     megabytes,
     open_model,
@@ -78,7 +79,7 @@ def bench_decode(
         "device": device_name(place),
         "bandwidth_gb_per_s": bandwidth / 1e9,
         "versions": _versions(),
-        "commit": commit or _commit(),
+        "commit": commit or commit_of_code(),
         "rows": [asdict(row) for row in rows],
     }
     write_json(json_file, values)

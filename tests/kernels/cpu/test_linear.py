@@ -1,6 +1,7 @@
 """Every instruction set of this CPU against the reference backend: the same bits, not just the same integers."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -130,6 +131,7 @@ def test_a_level_that_is_not_there_is_refused(monkeypatch):
 
 def test_without_the_module_auto_is_the_reference(monkeypatch):
     cpu.native.module.cache_clear()
+    monkeypatch.delitem(sys.modules, cpu.native.NAME, raising=False)
     monkeypatch.setenv("ABQ_NATIVE_MODULE", "/nowhere/_native.so")
     with pytest.raises(
         AbqError, match=r"backend 'cpu' cannot run on cpu: its native module is not there \(.*nowhere.*\)"

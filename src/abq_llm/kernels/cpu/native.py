@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import sys
 from functools import lru_cache
 from importlib.machinery import ExtensionFileLoader
 from typing import Any
@@ -21,12 +23,13 @@ def module() -> Any:
         ImportError: there is none.
     """
     path = os.environ.get("ABQ_NATIVE_MODULE")
-    if not path:
+    if not path or NAME in sys.modules:  # it cannot be loaded twice
         return importlib.import_module(NAME)
     spec = importlib.util.spec_from_file_location(NAME, path, loader=ExtensionFileLoader(NAME, path))
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
+    sys.modules[NAME] = loaded
     return loaded
 
 
