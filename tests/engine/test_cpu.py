@@ -22,7 +22,8 @@ FAMILIES = ["llama", "llama-gqa-tied", "mistral", "qwen2", "qwen3"]
 
 def packed(variant, scheme, **overrides):
     model_type, usual = VARIANTS[variant]
-    model = tiny_model(model_type, **{**usual, "head_dim": 32, **overrides})
+    windowless = {"sliding_window": None} if "sliding_window" in usual else {}
+    model = tiny_model(model_type, **{**usual, **windowless, "head_dim": 32, **overrides})
     quantize(model, scheme, "rtn", device="cpu")
     return model
 
