@@ -62,6 +62,13 @@ def test_only_what_is_missing_is_computed(options, tmp_path, monkeypatch):
     assert computed == [("W4A16", "gptq"), ("W3A16", "rtn"), ("W3A16", "gptq")]
 
 
+def test_one_method_in_two_words_is_one_row(options, tmp_path):
+    abq("compare", *options, "-s", "W4A16", "--methods", "abq:epochs=1,abq")
+    values = report(abq("compare", *options, "-s", "W4A16", "-s", "W4A16", "--methods", "abq"), tmp_path / "c.json")
+    assert [row["method"] for row in values["rows"]] == ["fp", "abq"]
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+
+
 def test_a_failure_does_not_stop_the_others(options, tmp_path, monkeypatch):
     quantize = comparison.quantize
 

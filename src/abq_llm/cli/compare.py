@@ -97,8 +97,11 @@ def compare(
 
     if plot:
         kernel_plot.check_matplotlib()
-    schemes = [Scheme.parse(text) for text in dict.fromkeys(scheme)]
-    chosen = {label: _method(label, epochs) for label in dict.fromkeys(methods.split(","))}
+    schemes = list(dict.fromkeys(Scheme.parse(text) for text in scheme))
+    chosen: dict[str, Method] = {}
+    for label in methods.split(","):
+        if (method := _method(label, epochs)) not in chosen.values():
+            chosen[label] = method
     place = pick_device(device)
     actual_backend = kernels.choose_backend(backend, place)
     if names:
@@ -133,7 +136,10 @@ def compare(
     )
     output.mkdir(parents=True, exist_ok=True)
     failures = _compute(cells, setup, output, jobs)
-    records = [record for cell in cells if (record := comparison.read(comparison.file_of(output, cell, setup)))]
+    records = []
+    for cell in cells:
+        if record := comparison.read(comparison.file_of(output, cell, setup)):
+            records.append({**record, "method": cell.label})  # which another run may have put in other words
     if not records:
         raise AbqError(f"nothing could be computed: {failures[0]['error']}")
     rows = comparison.over_seeds(records)

@@ -91,7 +91,7 @@ def hash_model(model: PreTrainedModel) -> str:
     """Hex SHA-256 of the weights and of the configuration, wherever the model was loaded from."""
     config = model.config.to_diff_dict()
     config = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
-    return hashlib.sha256((json.dumps(config, sort_keys=True) + hash_weights(model)).encode()).hexdigest()
+    return hashlib.sha256((json.dumps(config, sort_keys=True, default=str) + hash_weights(model)).encode()).hexdigest()
 
 
 def file_of(directory: Path, cell: Cell, setup: Setup) -> Path:
