@@ -53,6 +53,9 @@ inline void multiply_block(Accumulator<N, C>& all, const uint8_t* block, const i
     (multiply_step<V, P, N, C, S>(all, block, x), ...);
 }
 
+// How far ahead memory is asked for: the hardware looks no further than a page of 4 KiB, and follows few streams.
+constexpr int64_t BYTES_AHEAD = 8192, GROUPS_AHEAD = 16;
+
 template <class V, int P, int D, int M>
 void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t strip, float* out) {
     constexpr int N = D * M, C = N >= 4 ? 1 : 4 / N;
@@ -69,12 +72,20 @@ void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t s
     Floats y[M][PARTS] = {};
 
     for (int64_t g = 0; g < columns.groups; ++g) {
+        if (columns.groups > 1) {
+            const int64_t ahead = TILE * (g + GROUPS_AHEAD);
+            __builtin_prefetch(zero_at + ahead);
+            __builtin_prefetch(narrow ? static_cast<const void*>(half_at + ahead) : scale_at + ahead);
+            __builtin_prefetch(narrow ? static_cast<const void*>(short_at + ahead) : total_at + ahead);
+        }
         int64_t left = g + 1 < columns.groups ? columns.group_blocks : columns.last_blocks;
         for (int64_t blocks; left > 0; left -= blocks, x_sums += N) {
             blocks = D > 1 && SEGMENT_BLOCKS < left ? SEGMENT_BLOCKS : left;
             Accumulator<N, C> all{};
-            for (int64_t b = 0; b < blocks; ++b, codes += VECTOR * P, x += BLOCK * N)
+            for (int64_t b = 0; b < blocks; ++b, codes += VECTOR * P, x += BLOCK * N) {
+                for (int line = 0; line < P; ++line) __builtin_prefetch(codes + BYTES_AHEAD + VECTOR * line);
                 multiply_block<V, P>(all, codes, x, std::make_integer_sequence<int, STEPS>());
+            }
 
             for (int part = 0; part < PARTS; ++part) {
                 const int64_t entry = TILE * g + LANES * part;
