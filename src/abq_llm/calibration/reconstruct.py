@@ -39,6 +39,7 @@ def reconstruct(
     epochs: int,
     generator: torch.Generator,
     report: Callable[[int, float], None],
+    before_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Outcome:
     """Minimise `loss(*fetch(samples, True))` over `training`; leave the tensors as after the epoch best on `held_out`.
 
@@ -48,6 +49,7 @@ def reconstruct(
         loss: those tensors -> scalar. On a GPU it is captured into a CUDA graph: it must not look at values.
         training, held_out: sample indices, int64. A last short batch of a shuffled epoch is left out.
         report: called with (epoch, held-out loss).
+        before_epoch: called with the epoch. What it changes in place, `loss` sees, captured or not.
 
     A held-out loss that is not finite ends the training; the best state so far is kept.
     """
@@ -82,6 +84,7 @@ def reconstruct(
 
     step, diverged = _graphed(train, device), False
     for epoch in range(epochs):
+        before_epoch(epoch)
         for batch in training[torch.randperm(len(training), generator=generator)].split(batch_size):
             if len(batch) == min(batch_size, len(training)):
                 step(*fetch(batch, True))

@@ -110,8 +110,7 @@ def inputs(task: BlockTask, count: int) -> tuple[dict[str, Tensor], dict[str, Te
     """
     stream = task.fp_stream
     samples, seqlen = stream.shape[:2]
-    generator = torch.Generator().manual_seed(task.seed * 1_000_003 + task.index)
-    chosen = torch.randperm(samples * seqlen, generator=generator)[:count].sort().values
+    chosen = torch.randperm(samples * seqlen, generator=task.generator())[:count].sort().values
     rows: dict[str, list[Tensor]] = {name: [] for name in task.linears}
     total: dict[str, Tensor] = {}
     here = chosen
