@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from abq_llm import attention
 from abq_llm.architectures import architecture_of
 from abq_llm.calibration.block import BlockTask
 from abq_llm.calibration.blockwise import Calibration, capture
+from abq_llm.calibration.learned import LearnedWeights, Vectors
 from abq_llm.data import TokenSet
 from abq_llm.methods import Method
 from abq_llm.quantizers import QParams
@@ -55,6 +58,19 @@ def first_block(model: PreTrainedModel, scheme: str = "W4A8", samples: int = 4, 
         "report": lambda message, loss: None,
     }
     return BlockTask(**(fields | changes))
+
+
+def folded(task: BlockTask, method: Method) -> Vectors:
+    """The vectors that a method has learned by the time it folds them into the block."""
+    seen, fold = [], LearnedWeights.fold
+
+    def look(self: LearnedWeights, vectors: Vectors) -> dict[str, QParams]:
+        seen.append(copy.deepcopy(vectors))
+        return fold(self, vectors)
+
+    with patch.object(LearnedWeights, "fold", look):
+        method.quantize_block(task)
+    return seen[0]
 
 
 @dataclass(frozen=True)
