@@ -28,7 +28,7 @@ def can_shift(pair: Pair, parameters: Parameters) -> bool:
 def initial_shift(
     pair: Pair, parameters: Parameters, high: dict[str, Tensor], low: dict[str, Tensor], head_dim: int
 ) -> Tensor:
-    """delta = (max + min) / 2 of each channel of the pair, 0 where that is not finite; OS+'s equation 3.
+    """delta = (max + min) / 2 of each channel of the pair, 0 where that is not finite.
 
     `high` and `low` are of each linear's input, [K]. Query heads that share a value head share delta.
     """

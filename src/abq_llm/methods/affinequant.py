@@ -41,7 +41,7 @@ class AffineQuant:
     epochs: int = 20
     lwc: bool = True  # learn clips; off: min-max grids
     alpha: float = 0.5  # where s starts: act^alpha / w^(1 - alpha)
-    stability: float = 0.1  # the paper's alpha: how much slower P moves than s; 0: OmniQuant
+    stability: float = 0.1  # how much slower P moves than s; 0: no matrices
     aug_loss: bool = False  # a second target: what the fp block makes of the quantized stream
     lr_lwc: float = 1e-2
     lr_let: float = 5e-3

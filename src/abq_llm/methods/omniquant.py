@@ -34,14 +34,14 @@ from abq_llm.quantizers import QParams
 
 @dataclass(frozen=True)
 class OmniQuant:
-    """Options. The defaults are those of the paper."""
+    """Options. The defaults are those of the published code."""
 
     name: ClassVar[str] = "omniquant"
     needs_data: ClassVar[bool] = True
 
     epochs: int = 20
     lwc: bool = True  # learn clips; off: min-max grids
-    let: bool | None = None  # learn s and delta; None: where activations, keys or values are quantized
+    let: bool = True  # learn s and delta; off: s = 1, delta = 0
     alpha: float = 0.5  # where s starts: act^alpha / w^(1 - alpha)
     aug_loss: bool = False  # a second target: what the fp block makes of the quantized stream
     lr_lwc: float = 1e-2
@@ -53,8 +53,7 @@ class OmniQuant:
 
     def quantize_block(self, task: BlockTask) -> dict[str, QParams]:
         weights, vectors = LearnedWeights(task), Vectors()
-        scheme = task.scheme
-        if self.let or (self.let is None and (scheme.activation, scheme.kv) != (None, None)):
+        if self.let:
             vectors = initial_transformation(task, weights, self.alpha)
         if self.lwc:
             vectors.clip = weights.full_ranges()
