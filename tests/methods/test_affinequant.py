@@ -23,7 +23,7 @@ def block(variant="llama-gqa-tied", scheme="W4A4KV4", **changes):
 
 
 def test_the_mask_opens_from_the_diagonal():
-    assert not gradual_mask(8, 0, 4).any()
+    assert not gradual_mask(8, 0, 4).any() and not gradual_mask(8, 0, 1).any()
     off_diagonal = ~torch.eye(8, dtype=torch.bool)
     assert torch.equal(gradual_mask(8, 3, 4), off_diagonal)
     assert gradual_mask(4, 1, 4).int().tolist() == [[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]]
@@ -77,16 +77,16 @@ def test_without_stability_it_is_omniquant():
 def loss(**options):
     losses = []
     for variant in ("llama-gqa-tied", "qwen2", "opt"):
-        task = block(variant, "W4A4")
+        task = block(variant, "W3A3KV3")
         AffineQuant(**{**QUICK, "epochs": 8, **options}).quantize_block(task)
         losses.append(task.block_loss)
     return torch.tensor(losses)
 
 
 def test_training_lowers_the_loss_and_matrices_help():
-    start, scales, matrices = loss(epochs=0), loss(stability=0), loss(stability=0.3)
+    start, scales, matrices = loss(epochs=0), loss(stability=0), loss(stability=0.6)
     assert (matrices < 0.9 * start).all()
-    assert (matrices / scales).mean() < 1
+    assert (matrices / scales).mean() < 0.95
 
 
 @pytest.mark.parametrize("options", [{"epochs": -1}, {"alpha": 1.1}, {"stability": -0.1}, {"stability": math.nan}])

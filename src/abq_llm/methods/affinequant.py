@@ -76,6 +76,6 @@ class AffineQuant:
 
 
 def gradual_mask(d: int, epoch: int, epochs: int) -> Tensor:
-    """bool [d, d]: the entries of P that may move in an epoch (from 0); none in the first, all in the last."""
+    """bool [d, d]: the entries of P that may move in an epoch (from 0): none in the first, all in the last of more."""
     distance = (torch.arange(d)[:, None] - torch.arange(d)).abs()
-    return (distance > 0) & (distance * (epochs - 1) <= epoch * (d - 1))
+    return (distance > 0) & (distance * max(epochs - 1, 1) <= epoch * (d - 1))
