@@ -9,6 +9,7 @@ from abq_llm.errors import AbqError
 from abq_llm.methods.abq import Abq
 from abq_llm.methods.awq import Awq
 from abq_llm.methods.gptq import Gptq
+from abq_llm.methods.i_llm import ILlm
 from abq_llm.methods.rtn import Rtn
 from abq_llm.methods.smoothquant import SmoothQuant
 from abq_llm.quantizers import QParams
@@ -26,7 +27,7 @@ class Method(Protocol):
         """
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Abq, Awq, Gptq, Rtn, SmoothQuant)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Abq, Awq, Gptq, ILlm, Rtn, SmoothQuant)}
 
 
 def method_by_name(name: str, **options: object) -> Method:
