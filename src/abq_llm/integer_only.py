@@ -140,7 +140,7 @@ class _Norm:
     def __init__(self, norm: Any) -> None:
         eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
         size = norm.weight.numel()
-        self.weight, self.eps = fixed(norm.weight.detach() * size**0.5), fixed((size * eps) ** 0.5)
+        self.weight, self.eps = fixed(norm.weight.detach().double() * size**0.5), fixed((size * eps) ** 0.5)
         self.bias = fixed(norm.bias.detach()) if isinstance(norm, nn.LayerNorm) else None
 
     def __call__(self, x: Dyadic) -> Dyadic:

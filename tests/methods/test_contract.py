@@ -21,7 +21,10 @@ from tests.blocks import Watched, calibration, random_tokens
 from tests.tiny import VARIANTS, tiny_model
 
 FAST = {"abq": {"epochs": 2}, "i_llm": {"epochs": 2}}  # options that keep a method quick on tiny models
-EXACT = {"abq": {"epochs": 2, "compensation": False}, "i_llm": {"epochs": 2}}  # those with which it only moves scales: the function stays
+EXACT = {
+    "abq": {"epochs": 2, "compensation": False},
+    "i_llm": {"epochs": 2},
+}  # those with which it only moves scales: the function stays
 
 HELD_OUT = random_tokens(16, 32, seed=99)
 

@@ -140,7 +140,7 @@ def clipped_softmax(scores: Dyadic, mask: Tensor, fmt: IntFormat) -> Dyadic:
     limit = shift(divide(torch.full_like(scores.m, CLIP << 40), scores.m), 40 - scores.k)
     below = torch.maximum(scores.codes - largest, -limit).masked_fill(~mask, 0)
     e = exp(quantize(scores._replace(codes=below), fmt)).masked_fill(~mask, 0)
-    total = e.sum(-1, keepdim=True)
+    total = e.sum(-1, keepdim=True).clamp_min(1)  # 0 in a row of padding, in which nothing takes part
     m, k = shorten(divide(torch.full_like(total, 1 << 60), total), torch.full_like(total, 60), WIDE_SCALE_BITS)
     return quantize(Dyadic(e, m, k), fmt)
 

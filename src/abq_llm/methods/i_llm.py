@@ -4,10 +4,10 @@ One scale s a channel is learned for every pair of neighbours between which it c
 
     Y = (X diag(s)^-1) (diag(s) W)        s* = argmin || block(X) - block_q(X; s) ||^2
 
-norm -> linears, v -> o, up -> down and q <-> k, by the squared error of the block's output, starting from SmoothQuant's
-s. Then everything is rounded to nearest on min-max grids. Where activations are quantized, keys and values are too while
-s is learned, whatever the scheme says of the cache: integer-only inference (`abq_llm.integer_only`) rounds them. That is
-also where gate and up are smoothed against each other, without learning. More in docs/methods/i_llm.md.
+norm -> linears, v -> o, up -> down and q <-> k, by the squared error of the block's output, from SmoothQuant's s on.
+Then everything is rounded to nearest on min-max grids. Where activations are quantized, so are keys and values while s
+is learned, whatever the scheme says of the cache: integer-only inference (`abq_llm.integer_only`) rounds them. There,
+too, gate and up are smoothed against each other, which is not learned. More in docs/methods/i_llm.md.
 """
 
 from __future__ import annotations
