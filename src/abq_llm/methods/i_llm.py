@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from abq_llm.architectures.table import QueryKeyPair
 from abq_llm.calibration.block import BlockTask, input_statistics
 from abq_llm.calibration.fit import fit, split_samples, take
 from abq_llm.calibration.learned import LearnedWeights, Vectors
@@ -46,15 +47,17 @@ class ILlm:
             raise AbqError(f"{self}: epochs must be >= 0, alpha in 0..1")
 
     def quantize_block(self, task: BlockTask) -> dict[str, QParams]:
-        target, weights, scheme = task.fp_output, LearnedWeights(task), task.scheme
+        target, weights = task.fp_output, LearnedWeights(task)
+        kv = task.scheme.kv or (task.scheme.activation and KV)
+        fully = replace(task, scheme=replace(task.scheme, kv=kv))
         peaks = input_statistics(task, task.fp_stream).peak
         vectors = Vectors(
             {
                 pair: initial_log_scale(pair, weights.parameters, peaks, task.head_dim, self.alpha)
                 for pair in task.architecture.pairs
+                if kv is not None or not isinstance(pair, QueryKeyPair)  # nothing rounds keys: their scales cancel
             }
         )
-        fully = replace(task, scheme=replace(scheme, kv=scheme.kv or (scheme.activation and KV)))
 
         def loss(hidden: Tensor, target: Tensor) -> Tensor:
             return relative_mse(fully.forward(hidden, weights.quantized(vectors), quantized=True), target)
