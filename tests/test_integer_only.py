@@ -204,5 +204,5 @@ def test_what_it_cannot_run_is_named():
     refused(tiny_model("gemma2", head_dim=16), r"'gemma2' is not supported; supported: llama")
     model = copy.deepcopy(packed())
     model.config.hidden_act = "gelu"
-    refused(model, r"no 'gelu', only silu, relu")
+    refused(model, r"'llama' has 'silu', not 'gelu'")
     refused(copy.deepcopy(packed()).to("meta"), r"runs on a CPU, the model is on meta")

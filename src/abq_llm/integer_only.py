@@ -26,11 +26,9 @@ from abq_llm.linear import QuantLinear
 from abq_llm.packing import unpack_planes
 from abq_llm.scheme import IntFormat
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
-ACTIVATIONS = ("silu", "relu")
+ACTIVATIONS = {"llama": "silu", "mistral": "silu", "qwen2": "silu", "qwen3": "silu", "opt": "relu"}
 WIDE = IntFormat(16)  # the residual stream, and what waits to be multiplied by constants
-CONSTANT_BITS = 15  # norms, biases, cosines
-WEIGHT_SCALE_BITS = 20  # of the largest: all scales of a weight share an exponent
+CONSTANT_BITS = 24  # of the largest: all numbers of a norm, a bias, a weight's scales ... share an exponent
 MAX_SMOOTHING = 32.0
 
 
@@ -67,11 +65,11 @@ def integer_only(model: PreTrainedModel, *, bits: int = 8, smooth: bool = True) 
 
 def _check(model: PreTrainedModel) -> Architecture:
     kind = model.config.model_type
-    if kind not in MODEL_TYPES:
-        raise AbqError(f"integer-only inference of {kind!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
+    if kind not in ACTIVATIONS:
+        raise AbqError(f"integer-only inference of {kind!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     activation = getattr(model.config, "hidden_act", getattr(model.config, "activation_function", None))
-    if activation not in ACTIVATIONS:
-        raise AbqError(f"integer-only inference has no {activation!r}, only {', '.join(ACTIVATIONS)}")
+    if activation != ACTIVATIONS[kind]:
+        raise AbqError(f"integer-only inference of {kind!r} has {ACTIVATIONS[kind]!r}, not {activation!r}")
     if model.device.type != "cpu":
         raise AbqError(f"integer-only inference runs on a CPU, the model is on {model.device}")
     architecture = architecture_of(kind)
@@ -85,10 +83,10 @@ def _check(model: PreTrainedModel) -> Architecture:
     return architecture
 
 
-def fixed(x: Tensor | float, bits: int = CONSTANT_BITS) -> Fixed:
-    """Floats to integers of `bits` bits and a sign, all on one power of two."""
+def fixed(x: Tensor | float) -> Fixed:
+    """Floats to integers of `CONSTANT_BITS` bits and a sign, all on one power of two."""
     x = torch.as_tensor(x, dtype=torch.float64)
-    k = bits - torch.frexp(x.abs().max()).exponent.long()
+    k = CONSTANT_BITS - torch.frexp(x.abs().max()).exponent.long()
     return Fixed(torch.ldexp(x, k).round().long(), k)
 
 
@@ -126,7 +124,7 @@ class _Linear:
         group = torch.arange(layer.in_features) // (layer.scheme.group_size or layer.in_features)
         self.weight = unpack_planes(layer.weight_packed, layer.in_features).short() - zero_point.short()[:, group]
         factor = torch.as_tensor(factor).expand(layer.out_features)
-        self.scale = fixed(layer.weight_scale * factor[:, None], WEIGHT_SCALE_BITS)
+        self.scale = fixed(layer.weight_scale * factor[:, None])
         self.bias = None if layer.bias is None else fixed(layer.bias * factor)
 
     def __call__(self, x: Dyadic) -> Dyadic:

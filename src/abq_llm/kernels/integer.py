@@ -35,7 +35,7 @@ class Dyadic(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """Constants codes / 2^k: int64 codes of any shape, k int64 []."""
+    """Constants codes / 2^k: int64 codes of any shape and at most 24 bits, k int64 []."""
 
     codes: Tensor
     k: Tensor
@@ -94,7 +94,7 @@ def quantize(x: Dyadic, fmt: IntFormat) -> Dyadic:
 
 
 def matmul(x: Dyadic, weight: Tensor, scale: Fixed, group_size: int | None, bias: Fixed | None) -> Dyadic:
-    """x [..., K] of at most 8 bits, weight [N, K], scale [N, groups], bias [N] -> [..., N]."""
+    """x [..., K] and weight [N, K] of at most 8 bits, scale [N, groups], bias [N] -> [..., N]."""
     size = group_size or weight.shape[1]
     total = torch.zeros((), dtype=torch.int64)
     for group, (a, b) in enumerate(zip(x.codes.split(size, -1), weight.split(size, 1), strict=True)):
