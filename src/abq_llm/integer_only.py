@@ -231,8 +231,7 @@ class _Attention:
         shared = q.codes.shape[1] // k.codes.shape[1]
         keys, key_k = (part.repeat_interleave(shared, 1) for part in integer.on_one_scale(k, 2))
         values, value_k = (part.repeat_interleave(shared, 1) for part in integer.on_one_scale(v, 2))
-        scale = (q.m * self.scaling.codes, q.k + key_k + self.scaling.k)
-        scores = Dyadic(q.codes @ keys.transpose(2, 3), *integer.shorten(*scale, integer.WIDE_SCALE_BITS))
+        scores = Dyadic(q.codes @ keys.transpose(2, 3), q.m * self.scaling.codes, q.k + key_k + self.scaling.k)
         if mask is None:
             mask = torch.ones(scores.codes.shape[2:], dtype=torch.bool).tril()
         p = integer.clipped_softmax(scores, mask, self.between)

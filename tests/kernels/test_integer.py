@@ -118,6 +118,8 @@ def test_constants_are_added_on_the_scale_of_the_row():
     wide = x._replace(codes=x.codes << 16, k=x.k + 16)
     y = to_float(ints(integer.add_constant, wide, fixed(bias)))
     torch.testing.assert_close(y, to_float(x) + bias, rtol=0, atol=2.0**-15 * 16)
+    zero = Dyadic(torch.zeros(1, 9, dtype=torch.int64), torch.tensor([[128]]), torch.tensor([[70]]))
+    torch.testing.assert_close(to_float(ints(integer.add_constant, zero, fixed(bias)))[0], bias, rtol=0, atol=1e-6)
 
 
 def test_sums_and_shared_scales_keep_sixteen_bits():
@@ -161,6 +163,13 @@ def test_the_clipped_softmax(size):
     assert (p - expected).abs().max() < 0.045
     assert (p[:, 0, 0] - 1).abs().max() < 0.005  # alone in its row
     assert not softmax(scores, torch.zeros_like(mask)).codes.any()
+
+
+def test_scores_far_below_one_are_all_alike():
+    codes, mask = torch.arange(4)[None] << 30, torch.ones(1, 4, dtype=torch.bool)
+    for k in (60, 83, 99):
+        p = ints(integer.clipped_softmax, Dyadic(codes, torch.tensor([[2**15]]), torch.tensor([[k]])), mask, EIGHT)
+        assert (to_float(p) - 0.25).abs().max() < 0.005
 
 
 def test_scores_are_clipped_at_fifteen_below_the_largest():

@@ -105,7 +105,8 @@ def matmul(x: Dyadic, weight: Tensor, scale: Fixed, group_size: int | None, bias
 
 def add_constant(x: Dyadic, constant: Fixed) -> Dyadic:
     """x [..., N] + constant [N]."""
-    return x._replace(codes=x.codes + divide(shift(constant.codes, constant.k - x.k), x.m))
+    k = torch.minimum(x.k, constant.k + 30)  # a scale so fine that the constant would not fit loses its last bits
+    return Dyadic(shift(x.codes, x.k - k) + divide(shift(constant.codes, constant.k - k), x.m), x.m, k)
 
 
 def add(x: Dyadic, y: Dyadic) -> Dyadic:
@@ -115,10 +116,10 @@ def add(x: Dyadic, y: Dyadic) -> Dyadic:
     return Dyadic(codes, torch.ones_like(k), k)
 
 
-def on_one_scale(x: Dyadic, dim: int) -> Fixed:
-    """x, of at most 16 bits, with one scale for all rows along `dim`; k int64 of the shape of x.k but for that."""
+def on_one_scale(x: Dyadic, dim: int) -> tuple[Tensor, Tensor]:
+    """x, of at most 16 bits, as codes / 2^k with one k for all rows along `dim`."""
     k = x.k.amin(dim, keepdim=True) + GUARD_BITS
-    return Fixed(shift(x.codes * x.m, x.k - k), k)
+    return shift(x.codes * x.m, x.k - k), k
 
 
 def exp(x: Dyadic) -> Tensor:
@@ -136,10 +137,11 @@ def clipped_softmax(scores: Dyadic, mask: Tensor, fmt: IntFormat) -> Dyadic:
     """DI-ClippedSoftmax (algorithm 2, equation 10): scores [..., T, S] and which of them take part, bool [..., T, S]
     -> probabilities. Clipped scores and probabilities are codes of `fmt`.
     """
+    m, k = shorten(scores.m, scores.k, WIDE_SCALE_BITS)
     largest = scores.codes.masked_fill(~mask, -(1 << 62)).amax(-1, keepdim=True)
-    limit = shift(divide(torch.full_like(scores.m, CLIP << 40), scores.m), 40 - scores.k)
+    limit = shift(divide(torch.full_like(m, CLIP << 40), m), (40 - k).clamp_min(-32))  # at most 2^61
     below = torch.maximum(scores.codes - largest, -limit).masked_fill(~mask, 0)
-    e = exp(quantize(scores._replace(codes=below), fmt)).masked_fill(~mask, 0)
+    e = exp(quantize(Dyadic(below, m, k), fmt)).masked_fill(~mask, 0)
     total = e.sum(-1, keepdim=True).clamp_min(1)  # 0 in a row of padding, in which nothing takes part
     m, k = shorten(divide(torch.full_like(total, 1 << 60), total), torch.full_like(total, 60), WIDE_SCALE_BITS)
     return quantize(Dyadic(e, m, k), fmt)
