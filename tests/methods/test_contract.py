@@ -22,7 +22,7 @@ from tests.tiny import VARIANTS, tiny_model
 
 # Options that keep a method quick on tiny models: few steps, so long ones.
 QUICK = {"epochs": 4, "lr_lwc": 0.2, "lr_let": 0.05}
-FAST = {"abq": {"epochs": 2}, "affinequant": QUICK, "omniquant": QUICK}
+FAST = {"abq": {"epochs": 2}, "affinequant": QUICK, "i_llm": {"epochs": 2}, "omniquant": QUICK}
 # Those with which it only moves scales: the function stays.
 EXACT = FAST | {"abq": {"epochs": 2, "compensation": False}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -32,6 +33,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Windows of each text.")] = None,
     backend: Annotated[str, typer.Option(help="Kernels of a packed model: auto, reference, ...")] = "auto",
+    integer_only: Annotated[
+        bool, typer.Option("--integer-only", help="Run the blocks of a packed model on integers alone, on the CPU.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Report the perplexity of MODEL on each text. KL and top-1 agreement are over all texts together."""
@@ -40,9 +44,12 @@ def evaluate(
     from abq_llm.data import evaluation_tokens
     from abq_llm.devices import pick_device
     from abq_llm.evaluation import evaluate as run
+    from abq_llm.integer_only import integer_only as integers
 
+    if integer_only and backend not in ("auto", "reference"):
+        raise AbqError(f"--integer-only has no backend {backend!r}: it runs in plain torch")
     quiet_libraries()
-    place = pick_device("auto")
+    place = pick_device("cpu" if integer_only else "auto")
     network, tokenizer = open_model(model, device=place, backend=backend)
     expected = open_model(reference, device=place)[0] if reference else None
     longest = getattr(network.config.get_text_config(), "max_position_embeddings", SEQLEN)
@@ -53,7 +60,7 @@ def evaluate(
         raise AbqError(f"two texts have one name: {', '.join(text.name for text in texts)}")
 
     results = {}
-    with progress_bar(Console(stderr=True)) as bar:
+    with progress_bar(Console(stderr=True)) as bar, integers(network) if integer_only else nullcontext():
         for text in texts:
             task = bar.add_task(text.name, total=len(text.tokens), note="")
 
@@ -69,11 +76,12 @@ def evaluate(
             return None
         return sum(getattr(result, figure) * result.tokens for result in results.values()) / tokens
 
+    backend = "integer-only" if integer_only else kernels.choose_backend(backend, place)
     values = {
         "perplexity": {name: result.perplexity for name, result in results.items()},
         "kl": mean("kl"),
         "top1_agreement": mean("top1_agreement"),
-        "backend": kernels.choose_backend(backend, place) if checkpoint.is_packed(model) else None,
+        "backend": backend if checkpoint.is_packed(model) else None,
         "tokens": tokens,
     }
     table = Table(title=model, caption=f"{seqlen} tokens a window" + (f", against {reference}" if reference else ""))

@@ -10,6 +10,7 @@ from abq_llm.methods.abq import Abq
 from abq_llm.methods.affinequant import AffineQuant
 from abq_llm.methods.awq import Awq
 from abq_llm.methods.gptq import Gptq
+from abq_llm.methods.i_llm import ILlm
 from abq_llm.methods.omniquant import OmniQuant
 from abq_llm.methods.rtn import Rtn
 from abq_llm.methods.smoothquant import SmoothQuant
@@ -29,7 +30,7 @@ class Method(Protocol):
 
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Abq, AffineQuant, Awq, Gptq, OmniQuant, Rtn, SmoothQuant)
+    method.name: method for method in (Abq, AffineQuant, Awq, Gptq, ILlm, OmniQuant, Rtn, SmoothQuant)
 }
 
 
