@@ -15,7 +15,7 @@ from abq_llm.calibration.affine import (
 )
 from abq_llm.calibration.block import input_statistics
 from abq_llm.calibration.transforms import apply, block_parameters, consumers, spread
-from tests.blocks import first_block
+from tests.blocks import first_block, name_of, rows_of
 from tests.tiny import VARIANTS, tiny_model
 
 
@@ -41,6 +41,13 @@ def change(task, parameters):
     return float((output - task.fp_output).norm() / task.fp_output.norm())
 
 
+@pytest.fixture(params=["opt", "falcon"])
+def biased(request):
+    """A block whose norms and linears have biases: q, k, v of falcon are one linear."""
+    model_type, overrides = VARIANTS[request.param]
+    return first_block(tiny_model(model_type, **overrides))
+
+
 def shifted_pairs(task):
     return [pair for pair in task.architecture.pairs if can_shift(pair, block_parameters(task.block))]
 
@@ -50,39 +57,61 @@ def mixed_pairs(task):
     return {pair: count for pair, count in heads.items() if count}
 
 
+def producer(pair):
+    return pair.norm if isinstance(pair, NormPair) else pair.value
+
+
 def channels(task, pair):
-    return task.block.get_submodule(pair.norm if isinstance(pair, NormPair) else pair.value).weight.shape[0]
+    return len(rows_of(task.block, producer(pair)))
+
+
+def changed_rows(before, after):
+    """Parameters that are not the same in both, and the rows that are not."""
+    return {
+        name: (after[name] != x).flatten(1).any(1).nonzero().flatten().tolist()
+        if x.dim() == 2
+        else (after[name] != x).nonzero().flatten().tolist()
+        for name, x in before.items()
+        if not torch.equal(after[name], x)
+    }
 
 
 def test_shifts_need_a_bias_on_both_sides(task):
-    pairs = task.architecture.pairs
-    if task.architecture.model_types == ("opt",):
-        assert shifted_pairs(task) == [pair for pair in pairs if isinstance(pair, NormPair | ValueOutputPair)]
+    pairs = [pair for pair in task.architecture.pairs if isinstance(pair, NormPair | ValueOutputPair)]
+    if all(linear.bias is not None for linear in task.linears.values()):  # opt, and falcon with biases
+        assert shifted_pairs(task) == pairs and len(pairs) >= 2
     else:
-        assert not shifted_pairs(task)  # no norm has a bias, and of values and outputs at most the former
+        assert not shifted_pairs(task)  # no norm has a bias, or no linear, and of values and outputs at most the former
+
+
+def test_no_shift_passes_a_norm_that_feeds_more_than_linears():
+    parameters = {f"{name}.bias": torch.zeros(4) for name in ("norm", "linear", "router")}
+    assert can_shift(NormPair("norm", ("linear",)), parameters)
+    assert not can_shift(NormPair("norm", ("linear",), kept=("router",)), parameters)
 
 
 @torch.no_grad()
-def test_the_block_computes_the_same_when_shifted(opt):
-    for seed, pair in enumerate(shifted_pairs(opt)):
-        before = block_parameters(opt.block)
+def test_the_block_computes_the_same_when_shifted(biased):
+    for seed, pair in enumerate(shifted_pairs(biased)):
+        before = block_parameters(biased.block)
         kept = {name: tensor.clone() for name, tensor in before.items()}
-        after = shift(pair, before, random(channels(opt, pair), seed=seed), opt.head_dim)
-        assert change(opt, after) < 2e-6
-        touched = {name for name in after if not torch.equal(after[name], kept[name])}
-        producer = pair.norm if isinstance(pair, NormPair) else pair.value
-        assert touched == {f"{name}.bias" for name in (producer, *consumers(pair))}
+        after = shift(pair, before, random(channels(biased, pair), seed=seed), biased.head_dim)
+        assert change(biased, after) < 2e-6
+        changed = changed_rows(kept, after)
+        source = f"{name_of(producer(pair))}.bias"
+        assert changed.keys() == {source, *(f"{name}.bias" for name in consumers(pair))}
+        assert changed[source] == rows_of(biased.block, producer(pair))
         assert all(torch.equal(before[name], kept[name]) for name in kept)  # nothing was written in place
-        assert change(opt, {**after, f"{producer}.bias": before[f"{producer}.bias"]}) > 1e-3
+        assert change(biased, {**after, source: before[source]}) > 1e-3
 
 
 @torch.no_grad()
-def test_shifts_and_scales_are_undone_by_their_opposites(opt):
-    before = block_parameters(opt.block)
-    for pair in shifted_pairs(opt):
-        delta, log_scale = random(channels(opt, pair)), random(channels(opt, pair), seed=1)
-        there = apply(pair, shift(pair, before, delta, opt.head_dim), log_scale, opt.head_dim)
-        back = shift(pair, apply(pair, there, -log_scale, opt.head_dim), -delta, opt.head_dim)
+def test_shifts_and_scales_are_undone_by_their_opposites(biased):
+    before = block_parameters(biased.block)
+    for pair in shifted_pairs(biased):
+        delta, log_scale = random(channels(biased, pair)), random(channels(biased, pair), seed=1)
+        there = apply(pair, shift(pair, before, delta, biased.head_dim), log_scale, biased.head_dim)
+        back = shift(pair, apply(pair, there, -log_scale, biased.head_dim), -delta, biased.head_dim)
         torch.testing.assert_close(back, before, rtol=1e-5, atol=1e-6)
 
 
@@ -144,10 +173,11 @@ def test_a_storable_shift_leaves_a_norm_bias_that_the_dtype_holds(opt, dtype):
 
 
 def test_matrices_go_where_nothing_but_heads_lies_between(task):
-    rotary = task.architecture.model_types != ("opt",)
+    rotary = task.call.get("position_embeddings") is not None and task.call.get("alibi") is None
     kinds = {type(pair) for pair in mixed_pairs(task)}
     assert kinds == ({ValueOutputPair} if rotary else {ValueOutputPair, QueryKeyPair})
-    assert set(mixed_pairs(task).values()) == {task.linears["self_attn.v_proj"].out_features // task.head_dim}
+    (value,) = (pair.value for pair in mixed_pairs(task) if isinstance(pair, ValueOutputPair))
+    assert set(mixed_pairs(task).values()) == {len(rows_of(task.block, value)) // task.head_dim}
 
 
 @torch.no_grad()
@@ -159,11 +189,18 @@ def test_the_block_computes_the_same_when_mixed(task):
         after = mix(pair, before, random(heads, d, d))
         assert change(task, after) < 2e-6
         ends = (pair.value, pair.output) if isinstance(pair, ValueOutputPair) else (pair.key, pair.query)
-        touched = {name.rpartition(".")[0] for name in after if not torch.equal(after[name], kept[name])}
-        assert touched == set(ends)
+        rows = {}
+        for part in ends:
+            rows.setdefault(f"{name_of(part)}.weight", []).extend(rows_of(task.block, part))
+        changed = changed_rows(kept, after)
+        assert {name: sorted(part) for name, part in rows.items()} == {name: changed[name] for name in rows}
+        assert {name.rpartition(".")[0] for name in changed} == {*map(name_of, ends)}
         assert all(torch.equal(before[name], kept[name]) for name in kept)
-        for name in ends:
-            assert change(task, {**after, f"{name}.weight": before[f"{name}.weight"]}) > 1e-3
+        for part in ends:
+            name = f"{name_of(part)}.weight"
+            undone = after[name].clone()
+            undone[rows_of(task.block, part)] = before[name][rows_of(task.block, part)]
+            assert change(task, {**after, name: undone}) > 1e-3
 
 
 @torch.no_grad()

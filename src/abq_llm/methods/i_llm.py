@@ -23,7 +23,6 @@ from abq_llm.calibration.fit import fit, split_samples, take
 from abq_llm.calibration.learned import LearnedWeights, Vectors
 from abq_llm.calibration.losses import relative_mse
 from abq_llm.calibration.reconstruct import Group
-from abq_llm.calibration.transforms import initial_log_scale
 from abq_llm.errors import AbqError
 from abq_llm.quantizers import QParams
 from abq_llm.scheme import IntFormat
@@ -51,13 +50,12 @@ class ILlm:
         kv = task.scheme.kv or (task.scheme.activation and KV)
         fully = replace(task, scheme=replace(task.scheme, kv=kv))
         peaks = input_statistics(task, task.fp_stream).peak
-        vectors = Vectors(
-            {
-                pair: initial_log_scale(pair, weights.parameters, peaks, task.head_dim, self.alpha)
-                for pair in task.architecture.pairs
-                if kv is not None or not isinstance(pair, QueryKeyPair)  # nothing rounds keys: their scales cancel
-            }
-        )
+        pairs = [
+            pair
+            for pair in task.architecture.pairs
+            if kv is not None or not isinstance(pair, QueryKeyPair)  # nothing rounds keys: their scales cancel
+        ]
+        vectors = Vectors(weights.smoothing(pairs, peaks, self.alpha))
 
         def loss(hidden: Tensor, target: Tensor) -> Tensor:
             return relative_mse(fully.forward(hidden, weights.quantized(vectors), quantized=True), target)
