@@ -130,6 +130,16 @@ def test_a_sequence_does_not_depend_on_its_batch():
     assert torch.equal(together, alone)
 
 
+def test_rows_at_a_time_change_nothing(monkeypatch):
+    results = []
+    for rows in (module.ROWS, 7):
+        monkeypatch.setattr(module, "ROWS", rows)
+        with integer_only(packed("mistral")):
+            mask = torch.ones_like(TOKENS).index_fill_(1, torch.arange(3), 0)
+            results += [logits(packed("mistral")), logits(packed("mistral"), attention_mask=mask)]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
 def test_no_token_sees_what_comes_after_it():
     changed = TOKENS.clone()
     changed[:, 16:] = 5

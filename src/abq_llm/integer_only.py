@@ -30,6 +30,7 @@ ACTIVATIONS = {"llama": "silu", "mistral": "silu", "qwen2": "silu", "qwen3": "si
 WIDE = IntFormat(16)  # the residual stream, and what waits to be multiplied by constants
 CONSTANT_BITS = 24  # of the largest: all numbers of a norm, a bias, a weight's scales ... share an exponent
 MAX_SMOOTHING = 32.0
+ROWS = 128  # of scores at a time: bounds the memory that they take
 
 
 @contextmanager
@@ -231,11 +232,15 @@ class _Attention:
         shared = q.codes.shape[1] // k.codes.shape[1]
         keys, key_k = (part.repeat_interleave(shared, 1) for part in integer.on_one_scale(k, 2))
         values, value_k = (part.repeat_interleave(shared, 1) for part in integer.on_one_scale(v, 2))
-        scores = Dyadic(q.codes @ keys.transpose(2, 3), q.m * self.scaling.codes, q.k + key_k + self.scaling.k)
         if mask is None:
-            mask = torch.ones(scores.codes.shape[2:], dtype=torch.bool).tril()
-        p = integer.clipped_softmax(scores, mask, self.between)
-        return quantize(Dyadic(p.codes @ values, p.m, p.k + value_k), WIDE)
+            mask = torch.ones(q.codes.shape[2], keys.shape[2], dtype=torch.bool).tril()
+        queries = zip(*(part.split(ROWS, 2) for part in q), mask.split(ROWS, -2), strict=True)
+        mixed = []
+        for codes, m, exponent, rows in queries:
+            scores = Dyadic(codes @ keys.transpose(2, 3), m * self.scaling.codes, exponent + key_k + self.scaling.k)
+            p = integer.clipped_softmax(scores, rows, self.between)
+            mixed.append(quantize(Dyadic(p.codes @ values, p.m, p.k + value_k), WIDE))
+        return Dyadic(*(torch.cat(parts, 2) for parts in zip(*mixed, strict=True)))
 
 
 class _Mlp:
