@@ -2,6 +2,7 @@
 
 python benchmarks/tables.py accuracy benchmarks/results/smollm2_h100.json benchmarks/results/smollm2_w2_h100.json
 python benchmarks/tables.py ablation benchmarks/results/smollm2_ablation_h100.json
+python benchmarks/tables.py integer benchmarks/results/integer_only_cpu.json
 """
 
 from __future__ import annotations
@@ -81,6 +82,24 @@ def _mean_std(spread: dict | None, percent: bool = False) -> str:
     return _short(mean) + ("" if std is None else f" ± {std:.2g}")
 
 
+def integer(record: dict) -> None:
+    """One line a mode: what `integer_only.py` measured, from fp32 and from the normal mode of the checkpoint."""
+    print("| checkpoint | mode | perplexity | KL from fp32 | KL from normal | top-1 as normal |")
+    print("|---|---|---|---|---|---|")
+    for row in record["rows"]:
+        for mode, figures in row.items():
+            if mode != "row":
+                kl, own = figures["kl"], figures["from_normal"]
+                cells = [
+                    row["row"].replace(":", " "),
+                    mode,
+                    _short(figures["perplexity"]),
+                    "" if kl is None else _short(kl),
+                ]
+                cells += ["", ""] if mode == "normal" else [_short(own["kl"]), f"{own['top1_agreement']:.3f}"]
+                print("| " + " | ".join(cells) + " |")
+
+
 def _runs(record: dict) -> dict[str, list[dict]]:
     """Row -> its runs, one for each seed."""
     runs = defaultdict(list)
@@ -110,4 +129,4 @@ if __name__ == "__main__":
         with open(path) as file:
             records.append(json.load(file))
     merged = {**records[0], "rows": [row for record in records for row in record["rows"]]}
-    {"accuracy": accuracy, "ablation": ablation}[sys.argv[1]](merged)
+    {"accuracy": accuracy, "ablation": ablation, "integer": integer}[sys.argv[1]](merged)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from abq_llm import attention
 from abq_llm.architectures import Rows, architecture_of
 from abq_llm.calibration.block import BlockTask
 from abq_llm.calibration.blockwise import Calibration, capture
+from abq_llm.calibration.learned import LearnedWeights, Vectors
 from abq_llm.data import TokenSet
 from abq_llm.methods import Method
 from abq_llm.modules import adapt
@@ -68,6 +71,19 @@ def rows_of(block: nn.Module, part: str | Rows) -> list[int]:
     """Which rows of its module a part is."""
     rows = range(len(block.get_submodule(name_of(part)).weight))
     return [row for row in rows if part.start <= row % part.period < part.stop] if isinstance(part, Rows) else [*rows]
+
+
+def folded(task: BlockTask, method: Method) -> Vectors:
+    """The vectors that a method has learned by the time it folds them into the block."""
+    seen, fold = [], LearnedWeights.fold
+
+    def look(self: LearnedWeights, vectors: Vectors) -> dict[str, QParams]:
+        seen.append(copy.deepcopy(vectors))
+        return fold(self, vectors)
+
+    with patch.object(LearnedWeights, "fold", look):
+        method.quantize_block(task)
+    return seen[0]
 
 
 @dataclass(frozen=True)

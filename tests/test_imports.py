@@ -13,7 +13,7 @@ PACKAGE = Path(abq_llm.__file__).parent
 LAYERS = (
     {"errors", "version", "devices", "scheme", "quantizers", "packing"},  # torch only
     {"kernels", "architectures"},
-    {"linear", "head", "attention", "calibration", "modules"},
+    {"linear", "head", "attention", "calibration", "modules", "integer_only"},
     {"methods"},  # never kernels
     {"calibration.blockwise", "quantize", "checkpoint", "data", "models"},  # blockwise drives the methods
     {"engine", "evaluation"},

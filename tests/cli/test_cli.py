@@ -205,6 +205,18 @@ def test_eval_of_tasks(packed_directory: Path, model_directory: Path, tmp_path: 
         assert_refused(abq("eval", packed_directory, *options), "pip install 'abq-llm[eval]'")
 
 
+def test_eval_on_integers_alone(packed_directory: Path, model_directory: Path, tmp_path: Path) -> None:
+    text, out = model_directory.parent / "text.txt", tmp_path / "e.json"
+    options = ("--ppl", text, "--limit", 1, "--reference", packed_directory, "--json", out)
+    normal, ours = (report(abq("eval", packed_directory, *options, *more), out) for more in ((), ("--integer-only",)))
+    assert ours.keys() == normal.keys() and ours["backend"] == "integer-only"
+    assert normal["kl"] == pytest.approx(0, abs=1e-9) and 1e-4 < ours["kl"] < 0.1
+    name = text.name
+    assert ours["perplexity"][name] == pytest.approx(normal["perplexity"][name], rel=0.1)
+    assert_refused(abq("eval", packed_directory, "--ppl", text, "--integer-only", "--backend", "cuda"), "'cuda'")
+    assert_refused(abq("eval", model_directory, "--ppl", text, "--integer-only"), "needs a packed model")
+
+
 def test_eval_refuses_two_texts_of_one_name(packed_directory: Path, model_directory: Path) -> None:
     text = model_directory.parent / "text.txt"
     assert_refused(abq("eval", packed_directory, "--ppl", text, "--ppl", text), "two texts have one name: text.txt")

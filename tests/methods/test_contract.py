@@ -20,8 +20,11 @@ from abq_llm.scheme import Scheme
 from tests.blocks import Watched, calibration, random_tokens
 from tests.tiny import VARIANTS, tiny_model
 
-FAST = {"abq": {"epochs": 2}}  # options that keep a method quick on tiny models
-EXACT = {"abq": {"epochs": 2, "compensation": False}}  # those with which it only moves scales: the function stays
+# Options that keep a method quick on tiny models: few steps, so long ones.
+QUICK = {"epochs": 4, "lr_lwc": 0.2, "lr_let": 0.05}
+FAST = {"abq": {"epochs": 2}, "affinequant": QUICK, "i_llm": {"epochs": 2}, "omniquant": QUICK}
+# Those with which it only moves scales: the function stays.
+EXACT = FAST | {"abq": {"epochs": 2, "compensation": False}}
 
 HELD_OUT = random_tokens(16, 32, seed=99)
 

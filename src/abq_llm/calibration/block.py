@@ -49,6 +49,10 @@ class BlockTask:
         """The fp block on the fp stream; must be asked for before the block is changed."""
         return self.forward_stream(self.fp_stream, quantized=False)
 
+    def generator(self) -> torch.Generator:
+        """A new one that the seed and the block decide."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.index)
+
     @property
     def attention(self) -> nn.Module:
         return self.block.get_submodule(self.architecture.attention)
@@ -135,27 +139,35 @@ def quantized_inputs(linears: dict[str, nn.Linear], attention: nn.Module, scheme
 
 @dataclass
 class InputStatistics:
-    """Per channel of each linear's input, fp32 [K]: the largest |x| (`peak`) and the mean of x^2 (`energy`).
+    """Per channel of each linear's input, fp32 [K]: the largest and the smallest x, the largest |x| (`peak`) and the
+    mean of x^2 (`energy`).
 
     `output` is the stream that left the block meanwhile.
     """
 
-    peak: dict[str, Tensor]
+    high: dict[str, Tensor]
+    low: dict[str, Tensor]
     energy: dict[str, Tensor]
     output: Tensor
+
+    @cached_property
+    def peak(self) -> dict[str, Tensor]:
+        return {name: torch.maximum(high, -self.low[name]) for name, high in self.high.items()}
 
 
 @torch.no_grad()
 def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
     """What the linears of the fp block see on `stream`; as "queries" and "keys", those that meet in attention."""
-    peak: dict[str, Tensor] = {}
+    high: dict[str, Tensor] = {}
+    low: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     output = torch.empty_like(stream)
 
     def see(name: str, x: Tensor) -> None:
         x = x.float().reshape(-1, x.shape[-1])
-        peak[name] = torch.maximum(peak[name], x.abs().amax(0)) if name in peak else x.abs().amax(0)
+        high[name] = torch.maximum(high[name], x.amax(0)) if name in high else x.amax(0)
+        low[name] = torch.minimum(low[name], x.amin(0)) if name in low else x.amin(0)
         energy[name] = energy.get(name, 0) + x.square().sum(0)
         tokens[name] = tokens.get(name, 0) + len(x)
 
@@ -173,7 +185,7 @@ def input_statistics(task: BlockTask, stream: Tensor) -> InputStatistics:
     finally:
         for handle in handles:
             handle.remove()
-    return InputStatistics(peak, {name: total / tokens[name] for name, total in energy.items()}, output)
+    return InputStatistics(high, low, {name: total / tokens[name] for name, total in energy.items()}, output)
 
 
 @torch.no_grad()

@@ -2,21 +2,29 @@
 
     W_q = Q( W diag(s) + a b^T )        on the range [ clip_lo min, clip_hi max ] of each group
 
+diag(s) may be a matrix for each head, diag(s) (I + P), and a constant may be taken off x before (`calibration.affine`).
 `quantized` is differentiable in the vectors, for training; `fold` writes the result into the block once, for good.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from abq_llm.architectures.table import Pair
+from abq_llm.calibration.affine import mix, shift, storable_shift
 from abq_llm.calibration.block import BlockTask
-from abq_llm.calibration.transforms import Parameters, apply, block_parameters, storable_log_scale
+from abq_llm.calibration.transforms import (
+    Parameters,
+    apply,
+    block_parameters,
+    initial_log_scale,
+    storable_log_scale,
+)
 from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, from_groups, to_groups
 
 CLIP_AT_START = 1 / (1 + math.exp(-4))  # sigmoid(4): a clip starts at exactly 1, where the sigmoid still has a slope
@@ -27,6 +35,8 @@ class Vectors:
     """What is learned in one block. An empty field leaves that part out."""
 
     balance: dict[Pair, Tensor] = field(default_factory=dict)  # log s
+    shift: dict[Pair, Tensor] = field(default_factory=dict)  # delta, of pairs that are balanced
+    mix: dict[Pair, Tensor] = field(default_factory=dict)  # P [heads, d, d], of pairs that are balanced
     clip: dict[int, Tensor] = field(default_factory=dict)  # group size -> logits [2, groups of its linears, 1]: hi, lo
     left: dict[str, Tensor] = field(default_factory=dict)  # a [N, 1]
     right: dict[str, Tensor] = field(default_factory=dict)  # b [1, K]
@@ -42,11 +52,35 @@ class LearnedWeights:
         for name, linear in task.linears.items():
             self.sizes.setdefault(to_groups(linear.weight, task.scheme.group_size).shape[-1], []).append(name)
 
+    def smoothing(self, pairs: Iterable[Pair], peaks: dict[str, Tensor], alpha: float) -> dict[Pair, Tensor]:
+        """Where balance starts: `initial_log_scale`, or 0 and a message where the inputs are not finite."""
+        scales = {}
+        for pair in pairs:
+            log_scale = initial_log_scale(pair, self.parameters, peaks, self.task.head_dim, alpha)
+            if not log_scale.isfinite().all():
+                self.task.report(f"block {self.task.index}: {pair} sees values that are not finite, left alone", None)
+                log_scale = torch.zeros_like(log_scale)
+            scales[pair] = log_scale
+        return scales
+
+    def full_ranges(self) -> dict[int, Tensor]:
+        """Logits with which every clip is 1."""
+        clip = {}
+        for size, names in self.sizes.items():
+            weights = [self.parameters[f"{name}.weight"] for name in names]
+            groups = sum(len(weight) * self.task.scheme.groups(weight.shape[1]) for weight in weights)
+            clip[size] = torch.logit(weights[0].new_full((2, groups, 1), CLIP_AT_START))
+        return clip
+
     def transformed(self, vectors: Vectors) -> Parameters:
         """The parameters with scales moved and compensation added; only the latter changes what the block computes."""
         parameters = self.parameters
         for pair, log_scale in vectors.balance.items():
+            if pair in vectors.shift:
+                parameters = shift(pair, parameters, vectors.shift[pair], self.task.head_dim)
             parameters = apply(pair, parameters, log_scale, self.task.head_dim)
+            if pair in vectors.mix:
+                parameters = mix(pair, parameters, vectors.mix[pair])
         for name, left in vectors.left.items():
             weight = parameters[f"{name}.weight"]
             parameters = {**parameters, f"{name}.weight": weight + left @ vectors.right[name]}
@@ -69,6 +103,10 @@ class LearnedWeights:
         vectors.balance = {
             pair: storable_log_scale(pair, self.parameters, log_scale, self.task.storage_dtype)
             for pair, log_scale in vectors.balance.items()
+        }
+        vectors.shift = {
+            pair: storable_shift(pair, self.parameters, delta, vectors.balance[pair], self.task.storage_dtype)
+            for pair, delta in vectors.shift.items()
         }
         parameters = self.transformed(vectors)
         for name, parameter in self.task.block.named_parameters():

@@ -40,6 +40,7 @@ def reconstruct(
     generator: torch.Generator,
     report: Callable[[int, float], None],
     graphs: bool = True,
+    before_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Outcome:
     """Minimise `loss(*fetch(samples, True))` over `training`; leave the tensors as after the epoch best on `held_out`.
 
@@ -50,6 +51,7 @@ def reconstruct(
         training, held_out: sample indices, int64. A last short batch of a shuffled epoch is left out.
         report: called with (epoch, held-out loss).
         graphs: on a GPU, capture steps into CUDA graphs. Then the loss must not look at values, as routing does.
+        before_epoch: called with the epoch. What it changes in place, `loss` sees, captured or not.
 
     A held-out loss that is not finite ends the training; the best state so far is kept.
     """
@@ -85,6 +87,7 @@ def reconstruct(
 
     step, diverged = graphed(train, device), False
     for epoch in range(epochs):
+        before_epoch(epoch)
         for batch in training[torch.randperm(len(training), generator=generator)].split(batch_size):
             if len(batch) == min(batch_size, len(training)):
                 step(*fetch(batch, True))

@@ -8,10 +8,10 @@ differentiable in the scales. Each pair has a vector s > 0, kept as log s.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from abq_llm.architectures.table import LinearPair, NormPair, Pair, Part, QueryKeyPair, Rows, ValueOutputPair
 
@@ -108,17 +108,30 @@ def is_norm(parameters: Parameters, part: Part) -> bool:
     return isinstance(part, str) and parameters[f"{part}.weight"].dim() == 1
 
 
+def module_of(part: Part) -> str:
+    """The module that a part is, or some rows of which it is."""
+    return part.linear if isinstance(part, Rows) else part
+
+
+def with_rows(tensor: Tensor, part: Part, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight or bias of the module of a part, its rows [outputs of the part, ...] changed; not in place."""
+    if not isinstance(part, Rows):
+        return change(tensor)
+    turns = tensor.unflatten(0, (-1, part.period))
+    before, rows, behind = turns.split([part.start, part.stop - part.start, part.period - part.stop], 1)
+    return torch.cat([before, change(rows.flatten(0, 1)).view(rows.shape), behind], 1).flatten(0, 1)
+
+
+def change_rows(parameters: Parameters, part: Part, change: Callable[[Tensor], Tensor]) -> None:
+    """Put the weight and the bias, if there is one, `with_rows` into the dict."""
+    for name in (f"{module_of(part)}.weight", f"{module_of(part)}.bias"):
+        if name in parameters:
+            parameters[name] = with_rows(parameters[name], part, change)
+
+
 def _scale_rows(parameters: Parameters, part: Part, factor: Tensor) -> None:
     """Multiply the rows of a linear or of a part of it, or the weight of a norm, and the bias."""
-    name = part
-    if isinstance(part, Rows):
-        name, size = part.linear, len(parameters[f"{part.linear}.weight"])
-        turns = factor.view(size // part.period, -1)
-        factor = F.pad(turns, (part.start, part.period - part.stop), value=1.0).flatten()  # the other rows stay
-    weight = parameters[f"{name}.weight"]
-    parameters[f"{name}.weight"] = weight * (factor[:, None] if weight.dim() == 2 else factor)
-    if f"{name}.bias" in parameters:
-        parameters[f"{name}.bias"] = parameters[f"{name}.bias"] * factor
+    change_rows(parameters, part, lambda rows: rows * (factor[:, None] if rows.dim() == 2 else factor))
 
 
 def _over_turned(per_channel: Tensor, rotary: float) -> Tensor:

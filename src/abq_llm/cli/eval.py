@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,9 @@ def evaluate(
     task_path: TaskPath = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Windows of each text, examples of each task.")] = None,
     backend: Annotated[str, typer.Option(help="Kernels of a packed model: auto, reference, ...")] = "auto",
+    integer_only: Annotated[
+        bool, typer.Option("--integer-only", help="Run the blocks of a packed model on integers alone, on the CPU.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Report the perplexity of MODEL on each text, and its accuracy on zero-shot tasks.
@@ -61,19 +65,22 @@ def evaluate(
     from abq_llm import checkpoint, kernels
     from abq_llm.devices import pick_device
     from abq_llm.evaluation import evaluate as run
+    from abq_llm.integer_only import integer_only as integers
     from abq_llm.integrations import lm_eval
 
     if names:
         lm_eval.check_installed()
+    if integer_only and backend not in ("auto", "reference"):
+        raise AbqError(f"--integer-only has no backend {backend!r}: it runs in plain torch")
     quiet_libraries()
-    place = pick_device("auto")
+    place = pick_device("cpu" if integer_only else "auto")
     network, tokenizer = open_model(model, device=place, backend=backend)
     expected = open_model(reference, device=place)[0] if reference else None
     texts = read_texts(ppl or ([] if names else ["wikitext2"]), tokenizer, expected or network, limit)
 
     results: dict[str, Evaluation] = {}
     scores: dict[str, TaskScore] = {}
-    with progress_bar(Console(file=sys.stderr)) as bar:
+    with progress_bar(Console(file=sys.stderr)) as bar, integers(network) if integer_only else nullcontext():
         for text in texts:
             results[text.name] = run(network, text.tokens, expected, progress=counter(bar, text.name))
         if names:
@@ -89,12 +96,13 @@ def evaluate(
             return None
         return sum(getattr(result, figure) * result.tokens for result in results.values()) / tokens
 
+    backend = "integer-only" if integer_only else kernels.choose_backend(backend, place)
     values = {
         "perplexity": {name: result.perplexity for name, result in results.items()},
         "kl": mean("kl"),
         "top1_agreement": mean("top1_agreement"),
         "tasks": {name: asdict(score) for name, score in scores.items()},
-        "backend": kernels.choose_backend(backend, place) if checkpoint.is_packed(model) else None,
+        "backend": backend if checkpoint.is_packed(model) else None,
         "tokens": tokens,
     }
     if results:

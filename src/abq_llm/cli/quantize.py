@@ -25,7 +25,9 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Hub id, local directory, or .gguf file.")],
     scheme: Annotated[str, typer.Option("-s", "--scheme", help="W<p>[*]A<q>[KV<r>][g<size>], for example W4A8g128.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="New directory for the checkpoint.")],
-    method: Annotated[str, typer.Option(help="abq, awq, gptq, rtn, smoothquant.")] = "abq",
+    method: Annotated[
+        str, typer.Option(help="abq, affinequant, awq, gptq, i_llm, omniquant, rtn, smoothquant.")
+    ] = "abq",
     calib: Annotated[
         str, typer.Option(metavar="NAME", help="wikitext2, c4, self (text that the model writes), or a file.")
     ] = "wikitext2",

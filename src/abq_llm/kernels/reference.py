@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, scheme: Scheme)
     if scheme.activation is None:
         dequantized = dequantize_weight(weight, scheme, x.shape[1]).to(x.dtype)
         return torch.nn.functional.linear(x, dequantized, None if bias is None else bias.to(x.dtype))
-    codes, scale, zero_point = _unpack(weight, scheme, x.shape[1])
+    codes, scale, zero_point = unpack(weight, scheme, x.shape[1])
     out_features, in_features = codes.shape
     size = scheme.group_size or in_features
     weight_dtype, x_dtype = _difference_dtype(scheme.weight), _difference_dtype(scheme.activation)
@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, scheme: Scheme)
 
 def dequantize_weight(weight: list[Tensor], scheme: Scheme, in_features: int) -> Tensor:
     """[packed, scale, (zero_point)] -> fp32 [N, K]."""
-    codes, scale, zero_point = _unpack(weight, scheme, in_features)
+    codes, scale, zero_point = unpack(weight, scheme, in_features)
     qparams = QParams(scale[..., None], zero_point[..., None].float())
     return from_groups(dequantize(to_groups(codes, scheme.group_size), qparams), in_features)
 
@@ -94,7 +94,7 @@ def _int8_products_are_exact() -> bool:
     return bool((torch._int_mm(worst, worst.t()) == 64 * 128 * 128).all())
 
 
-def _unpack(weight: list[Tensor], scheme: Scheme, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(weight: list[Tensor], scheme: Scheme, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """-> codes [N, K] as unpacked, scale fp32 [N, groups], zero point int16 [N, groups]."""
     assert scheme.weight is not None
     packed, scale, *zero_point = weight

@@ -7,8 +7,11 @@ from typing import ClassVar, Protocol
 from abq_llm.calibration.block import BlockTask
 from abq_llm.errors import AbqError
 from abq_llm.methods.abq import Abq
+from abq_llm.methods.affinequant import AffineQuant
 from abq_llm.methods.awq import Awq
 from abq_llm.methods.gptq import Gptq
+from abq_llm.methods.i_llm import ILlm
+from abq_llm.methods.omniquant import OmniQuant
 from abq_llm.methods.rtn import Rtn
 from abq_llm.methods.smoothquant import SmoothQuant
 from abq_llm.quantizers import QParams
@@ -26,7 +29,9 @@ class Method(Protocol):
         """
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Abq, Awq, Gptq, Rtn, SmoothQuant)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Abq, AffineQuant, Awq, Gptq, ILlm, OmniQuant, Rtn, SmoothQuant)
+}
 
 
 def method_by_name(name: str, **options: object) -> Method:

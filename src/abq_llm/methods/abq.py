@@ -20,9 +20,10 @@ from torch import Tensor
 from abq_llm.architectures.table import Pair, QueryKeyPair
 from abq_llm.attention import record_attention
 from abq_llm.calibration.block import BlockTask, InputStatistics, input_statistics
+from abq_llm.calibration.fit import fit, split_samples, take
 from abq_llm.calibration.learned import CLIP_AT_START, LearnedWeights, Vectors
 from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
-from abq_llm.calibration.reconstruct import Group, reconstruct
+from abq_llm.calibration.reconstruct import Group
 from abq_llm.calibration.transforms import consumers, initial_log_scale, spread
 from abq_llm.errors import AbqError
 from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, to_groups
@@ -62,20 +63,16 @@ class _BlockFit:
     def __init__(self, options: Abq, task: BlockTask) -> None:
         self.options, self.task = options, task
         self.weights = LearnedWeights(task)
-        self.generator = torch.Generator().manual_seed(task.seed * 1_000_003 + task.index)
         self.target = task.fp_output
         self.statistics = input_statistics(task, task.quantized_stream)
         self.second_target = self.statistics.output
         self.teacher = task.queries_and_keys(task.fp_stream) if options.akl else None
-        samples = len(task.fp_stream)
-        held_out = samples // 8 if samples >= 8 else 0
-        order = torch.randperm(samples, generator=self.generator)
-        self.training, self.held_out = order[held_out:], order[:held_out] if held_out else order
+        self.samples = split_samples(task)
 
     def run(self) -> dict[str, QParams]:
-        task, options = self.task, self.options
-        vectors = self._start(self.statistics)
-        outcome = reconstruct(
+        options, vectors = self.options, self._start(self.statistics)
+        fit(
+            self.task,
             [
                 Group(tuple(vectors.balance.values()), options.lr_balance),
                 Group(tuple(vectors.clip.values()), options.lr_clipping),
@@ -83,19 +80,9 @@ class _BlockFit:
             ],
             self._fetch,
             lambda *batch: self._loss(vectors, *batch),
-            training=self.training,
-            held_out=self.held_out,
-            batch_size=task.batch_size,
-            epochs=options.epochs,
-            generator=self.generator,
-            report=lambda epoch, loss: task.report(f"epoch {epoch + 1}/{options.epochs}", loss),
-            graphs=task.experts is None,
+            self.samples,
+            options.epochs,
         )
-        task.block_loss = outcome.after
-        if outcome.diverged:
-            task.report(
-                f"block {task.index}: loss not finite, kept the best state (loss {outcome.after:.4g})", outcome.after
-            )
         return self.weights.fold(vectors)
 
     def _start(self, statistics: InputStatistics) -> Vectors:
@@ -128,7 +115,7 @@ class _BlockFit:
         """The candidate of least held-out loss, among them no balance at all."""
         candidates = [*candidates, {pair: torch.zeros_like(log_scale) for pair, log_scale in candidates[0].items()}]
         losses = [0.0] * len(candidates)
-        for samples in self.held_out.split(self.task.batch_size):
+        for samples in self.samples.held_out.split(self.task.batch_size):
             batch = self._fetch(samples, False)
             for i, balance in enumerate(candidates):
                 losses[i] += float(self._loss(Vectors(balance), *batch)) * len(samples)
@@ -163,13 +150,13 @@ class _BlockFit:
         """What `_loss` needs of some samples: the quantized stream, both targets, the teacher's queries, keys and
         rows.
         """
-        tensors = [self.task.quantized_stream, self.target, self.second_target, *(self.teacher or ())]
-        batch = [tensor[samples.to(tensor.device)].to(self.task.device) for tensor in tensors]
+        streams = [self.task.quantized_stream, self.target, self.second_target, *(self.teacher or ())]
+        batch = take(self.task, streams, samples)
         if self.teacher is not None:
             tokens = self.target.shape[1]
             rows = torch.arange(0, tokens, -(-tokens // self.options.akl_rows))
             if training:  # other rows each time
-                rows = torch.randperm(tokens, generator=self.generator)[: len(rows)]
+                rows = torch.randperm(tokens, generator=self.samples.generator)[: len(rows)]
             batch.append(rows.to(self.task.device))
         return tuple(batch)
 

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from abq_llm.architectures.table import Pair, QueryKeyPair, Rows, ValueOutputPair
+from abq_llm.architectures.table import Pair, QueryKeyPair, ValueOutputPair
 from abq_llm.calibration.block import BlockTask, output_error
 from abq_llm.calibration.transforms import (
     LOG_LIMIT,
@@ -32,6 +32,7 @@ from abq_llm.calibration.transforms import (
     apply,
     block_parameters,
     consumers,
+    module_of,
     row_count,
     spread,
     storable_log_scale,
@@ -74,7 +75,7 @@ class Awq:
             parameter.copy_(parameters[name])
         # As in the code: what meets in a product before the softmax is hard to clip by the error of either factor.
         unclipped = {
-            part.linear if isinstance(part, Rows) else part
+            module_of(part)
             for pair in task.architecture.pairs
             if isinstance(pair, QueryKeyPair)
             for part in (pair.query, pair.key)
@@ -112,8 +113,7 @@ def inputs(task: BlockTask, count: int) -> tuple[dict[str, Tensor], dict[str, Te
     """
     stream = task.fp_stream
     samples, seqlen = stream.shape[:2]
-    generator = torch.Generator().manual_seed(task.seed * 1_000_003 + task.index)
-    chosen = torch.randperm(samples * seqlen, generator=generator)[:count].sort().values
+    chosen = torch.randperm(samples * seqlen, generator=task.generator())[:count].sort().values
     rows: dict[str, list[Tensor]] = {name: [] for name in task.linears}
     total: dict[str, Tensor] = {}
     here = chosen

@@ -16,12 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from abq_llm.architectures.table import NormPair
 from abq_llm.calibration.block import BlockTask, input_statistics, output_error
 from abq_llm.calibration.learned import LearnedWeights, Vectors
-from abq_llm.calibration.transforms import initial_log_scale
 from abq_llm.errors import AbqError
 from abq_llm.quantizers import QParams
 
@@ -42,13 +39,8 @@ class SmoothQuant:
     def quantize_block(self, task: BlockTask) -> dict[str, QParams]:
         target, weights, vectors = task.fp_output, LearnedWeights(task), Vectors()
         peaks = input_statistics(task, task.fp_stream).peak
-        for pair in task.architecture.pairs:
-            if isinstance(pair, NormPair):
-                log_s = initial_log_scale(pair, weights.parameters, peaks, task.head_dim, self.alpha)
-                if not log_s.isfinite().all():
-                    task.report(f"block {task.index}: inputs of {pair.norm} not finite, left as they are", None)
-                    log_s = torch.zeros_like(log_s)
-                vectors.balance[pair] = log_s
+        norms = [pair for pair in task.architecture.pairs if isinstance(pair, NormPair)]
+        vectors.balance = weights.smoothing(norms, peaks, self.alpha)
         grids = weights.fold(vectors)
         task.block_loss = output_error(task, grids, target)
         return grids
