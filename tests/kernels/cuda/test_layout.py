@@ -4,11 +4,48 @@ import numpy as np
 import pytest
 import torch
 
+from abq_llm import kernels
 from abq_llm.errors import AbqError
+from abq_llm.kernels import cuda, reference
 from abq_llm.kernels.cuda import layout
 from abq_llm.kernels.cuda.problem import Problem
 from abq_llm.scheme import Scheme
 from tests import oracle
+
+
+@pytest.mark.parametrize("scheme", ["W2*A8", "W4A8", "W4A8g33", "W3A16g32"])
+def test_it_is_an_op(scheme):
+    """What a compiler is told of the results is what they are."""
+    case = oracle.make_case(scheme, 70, 9)
+    packed, scale, *zero_point = case.layer.packed_weight()
+    arguments = packed, scale, zero_point[0] if zero_point else None, scheme, False, False, 70
+    assert set(torch.library.opcheck(torch.ops.abq_llm.prepare_cuda, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("scheme", ["W2*A8", "W4A8g32", "W4A16g32"])
+def test_a_layer_that_is_not_prepared_compiles_without_a_graph_break(monkeypatch, scheme):
+    """As on a GPU: the choice of the backend and the preparation are traced, too."""
+    torch._dynamo.reset()
+    case = oracle.make_case(scheme, 70, 9)
+    weight = case.layer.packed_weight()
+
+    class OnThisDevice:
+        prepare = staticmethod(layout.prepare)
+
+        @staticmethod
+        def available(device):
+            return None if cuda._missing(None) else "a GPU"  # asked, as `cuda.available` asks
+
+        @staticmethod
+        def linear(x, prepared, bias, scheme):
+            assert prepared[0].dim() == 5
+            return reference.linear(x, weight, bias, scheme)
+
+    monkeypatch.setattr(kernels, "BACKENDS", {"cuda": OnThisDevice})
+    case.layer.backend = "cuda"
+    x = torch.randn(3, 70)
+    compiled = torch.compile(torch.nn.Sequential(case.layer, torch.nn.ReLU()), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), reference.linear(x, weight, case.layer.bias, case.scheme).relu())
 
 
 def bit(words, plane, row, column):

@@ -28,6 +28,7 @@ def available(device: torch.device) -> str | None:
     return _missing(device.index)
 
 
+@torch.compiler.assume_constant_result
 @lru_cache
 def _missing(index: int | None) -> str | None:
     if not torch.cuda.is_available():

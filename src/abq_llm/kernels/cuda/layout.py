@@ -31,15 +31,32 @@ def prepare(weight: list[Tensor], scheme: Scheme, in_features: int) -> list[Tens
     rows    [N, 0]: holds nothing but N
     """
     packed, scale, *zero_point = weight
-    assert scheme.weight is not None
+    zero = zero_point[0] if zero_point else None
+    symmetric = scheme.weight_symmetric, scheme.activation_symmetric
+    return [*_prepare(packed, scale, zero, str(scheme), *symmetric, in_features), scale.new_empty(packed.shape[1], 0)]
+
+
+@torch.library.custom_op("abq_llm::prepare_cuda", mutates_args=())
+def _prepare(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    scheme: str,
+    weight_symmetric: bool,
+    activation_symmetric: bool,
+    in_features: int,
+) -> list[Tensor]:
+    """An op, so that a compiler looks at its results only."""
+    parsed = Scheme.parse(scheme, weight_symmetric=weight_symmetric, activation_symmetric=activation_symmetric)
+    assert parsed.weight is not None
     n = packed.shape[1]
-    problem = Problem.of(1, n, in_features, scheme)
+    problem = Problem.of(1, n, in_features, parsed)
     codes = unpack_planes(packed, in_features)
     size = problem.group_size or in_features
-    fixed = scheme.weight.fixed_zero_point
+    fixed = parsed.weight.fixed_zero_point
     zero = (
-        zero_point[0].int()
-        if zero_point
+        zero_point.int()
+        if zero_point is not None
         else torch.full(scale.shape, fixed or 0, dtype=torch.int32, device=scale.device)
     )
     scale = scale.float()
@@ -57,10 +74,24 @@ def prepare(weight: list[Tensor], scheme: Scheme, in_features: int) -> list[Tens
         tables = [pad(scale, (0, 0, *rows)).t(), pad(zero.to(torch.uint8), (0, 0, *rows)).t(), pad(total, rows)]
     else:
         tables = [pad(scale[:, 0], rows), pad(zero[:, 0], rows), pad(centered[:, 0].int(), rows)]
-    prepared = [planes, *(table.contiguous() for table in tables), scale.new_empty(n, 0)]
+    prepared = [planes, *(table.contiguous() for table in tables)]
     if scale.is_cuda:
         torch.cuda.synchronize(scale.device)  # kernels read weights before they wait for their predecessor
     return prepared
+
+
+@_prepare.register_fake
+def _(packed, scale, zero_point, scheme, weight_symmetric, activation_symmetric, in_features):  # type: ignore[no-untyped-def]
+    parsed = Scheme.parse(scheme, weight_symmetric=weight_symmetric, activation_symmetric=activation_symmetric)
+    problem = Problem.of(1, packed.shape[1], in_features, parsed)
+    rows, grouped = 16 * problem.row_tiles, problem.group_size > 0
+    table = (problem.groups, rows) if grouped else (rows,)
+    return [
+        packed.new_empty(problem.row_tiles, problem.k_blocks, problem.planes, 32, 4),
+        scale.new_empty(table, dtype=torch.float32),
+        scale.new_empty(table, dtype=torch.uint8 if grouped else torch.int32),
+        scale.new_empty(rows, dtype=torch.float32 if grouped else torch.int32),
+    ]
 
 
 def _fragments(codes: Tensor, problem: Problem) -> Tensor:
