@@ -12,7 +12,7 @@ from torch import nn
 from abq_llm import checkpoint
 from abq_llm.architectures import architecture_of
 from abq_llm.calibration import blockwise
-from abq_llm.calibration.blockwise import Calibration, capture
+from abq_llm.calibration.blockwise import Calibration, _to, capture
 from abq_llm.errors import AbqError
 from abq_llm.linear import QuantLinear
 from abq_llm.methods import method_by_name
@@ -273,6 +273,13 @@ def test_the_stream_comes_from_what_is_stored():
     for tensor, parameter in zip(stored, wanted[:2], strict=True):
         assert torch.equal(tensor, parameter.bfloat16()) and not torch.equal(tensor.float(), parameter)
     torch.testing.assert_close(streams[1], block.float()(streams[0], **call), rtol=1e-4, atol=1e-4)
+
+
+def test_all_arguments_of_a_block_move_to_its_device():
+    cpu = torch.zeros(2)
+    moved = _to({"mask": cpu, "rope": (cpu, [cpu]), "cache": None, "flag": True}, torch.device("meta"))
+    assert moved["mask"].is_meta and moved["rope"][0].is_meta and moved["rope"][1][0].is_meta
+    assert moved["cache"] is None and moved["flag"] is True
 
 
 def test_capture_takes_what_enters_the_first_block():

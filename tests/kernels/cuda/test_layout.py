@@ -1,5 +1,7 @@
 """`layout.prepare` against the layout as it is documented, bit by bit. None of it needs a GPU."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,9 @@ def test_it_is_an_op(scheme):
 def test_a_layer_that_is_not_prepared_compiles_without_a_graph_break(monkeypatch, scheme):
     """As on a GPU: the choice of the backend and the preparation are traced, too."""
     torch._dynamo.reset()
+    gpu = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "torch", SimpleNamespace(cuda=gpu))
+    cuda._missing.cache_clear()
     case = oracle.make_case(scheme, 70, 9)
     weight = case.layer.packed_weight()
 
@@ -34,7 +39,8 @@ def test_a_layer_that_is_not_prepared_compiles_without_a_graph_break(monkeypatch
 
         @staticmethod
         def available(device):
-            return None if cuda._missing(None) else "a GPU"  # asked, as `cuda.available` asks
+            cuda.available(torch.device("cuda", 0))  # which looks for modules and a driver
+            return None
 
         @staticmethod
         def linear(x, prepared, bias, scheme):
@@ -46,6 +52,7 @@ def test_a_layer_that_is_not_prepared_compiles_without_a_graph_break(monkeypatch
     x = torch.randn(3, 70)
     compiled = torch.compile(torch.nn.Sequential(case.layer, torch.nn.ReLU()), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), reference.linear(x, weight, case.layer.bias, case.scheme).relu())
+    cuda._missing.cache_clear()  # what it says of this machine was made up
 
 
 def bit(words, plane, row, column):

@@ -21,6 +21,7 @@ from abq_llm.kernels.cuda.problem import Problem
 from abq_llm.scheme import Scheme
 
 
+@torch.compiler.assume_constant_result  # what it asks cannot be traced
 def available(device: torch.device) -> str | None:
     """None if this backend can run on `device`, else the reason why not."""
     if device.type != "cuda":
@@ -28,7 +29,6 @@ def available(device: torch.device) -> str | None:
     return _missing(device.index)
 
 
-@torch.compiler.assume_constant_result
 @lru_cache
 def _missing(index: int | None) -> str | None:
     if not torch.cuda.is_available():

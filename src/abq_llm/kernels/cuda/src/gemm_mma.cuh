@@ -261,8 +261,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
         if constexpr (C::grouped) {
             const int first_group = 8 * kb / C::group_words;
 #pragma unroll
-            for (int first = 0; first < G::group_slots * G::rows / 4; first += G::slice_threads) {
-                int piece = (first + slice_thread) % (G::group_slots * G::rows / 4);  // beyond the last: some piece again, no branch
+            for (int piece = slice_thread; piece < G::group_slots * G::rows / 4; piece += G::slice_threads) {
                 int group = first_group + piece / (G::rows / 4), row = first_row + piece % (G::rows / 4) * 4;
                 copy_async_16_or_zero(stage + G::scale_offset + 16 * piece, w_scale + (long long)(group)*padded_rows + row,
                                       group < groups && row < padded_rows);
@@ -271,8 +270,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
         if constexpr (G::zero_slots > 0) {
             const unsigned char* zeros = static_cast<const unsigned char*>(w_zero);
 #pragma unroll
-            for (int first = 0; first < G::zero_slots * G::rows / 16; first += G::slice_threads) {
-                int piece = (first + slice_thread) % (G::zero_slots * G::rows / 16);
+            for (int piece = slice_thread; piece < G::zero_slots * G::rows / 16; piece += G::slice_threads) {
                 int group = 8 * kb / C::group_words + piece / (G::rows / 16), row = first_row + piece % (G::rows / 16) * 16;
                 copy_async_16_or_zero(stage + G::zero_offset + 16 * piece, zeros + (long long)(group)*padded_rows + row,
                                       group < groups && row < padded_rows);
@@ -302,8 +300,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
         }
         if constexpr (G::zero_slots > 0) {
 #pragma unroll
-            for (int first = 0; first < G::zero_slots * C::tokens / 4; first += G::slice_threads) {
-                int four = (first + slice_thread) % (G::zero_slots * C::tokens / 4);
+            for (int four = slice_thread; four < G::zero_slots * C::tokens / 4; four += G::slice_threads) {
                 int group = 8 * kb / C::group_words + four / (C::tokens / 4), token = first_token + four % (C::tokens / 4) * 4;
                 copy_async_16_or_zero(stage + G::group_sum_offset + 16 * four, x_sum + (long long)(group)*column_tokens + token,
                                       group < groups && token < column_tokens);
