@@ -30,6 +30,7 @@ from abq_llm.cli.compare import compute_missing
 from abq_llm.cli.eval import read_texts
 from abq_llm.data import calibration_tokens
 from abq_llm.devices import pick_devices
+from abq_llm.errors import AbqError
 from abq_llm.evaluation import comparison, comparison_plot
 from abq_llm.evaluation.comparison import UNQUANTIZED, Record
 from abq_llm.evaluation.comparison_jobs import Job, longest_first
@@ -43,6 +44,7 @@ TABLES = {
     "Weights and activations": ("W6A6", "W4A4", "W2A8", "W2*A8"),
 }
 SCHEMES = tuple(scheme for schemes in TABLES.values() for scheme in schemes)
+LINES = ("rtn", "smoothquant", "gptq", "awq", "omniquant", "affinequant", "i_llm", "abq")
 MISSING = "missing"
 TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
 
@@ -102,7 +104,12 @@ def compute(args: argparse.Namespace) -> None:
     )
     tasks = HarnessTasks(TASKS, args.task_path, args.examples) if args.task_path else None
     jobs = ordered_jobs(args, tokenizer, setup, replace(setup, tasks=tasks))
-    compute_missing(jobs, args.cells, devices, args.jobs or len(devices))
+    try:
+        failures = compute_missing(jobs, args.cells, devices, args.jobs or len(devices))
+    except AbqError as error:  # interrupted
+        raise SystemExit(str(error)) from error
+    if failures:
+        raise SystemExit(f"{len(failures)} of {len(jobs)} failed")
 
 
 def ordered_jobs(args: argparse.Namespace, tokenizer, setup: comparison.Setup, scored: comparison.Setup) -> list[Job]:
@@ -136,9 +143,7 @@ def tables(args: argparse.Namespace) -> None:
         name = f"{args.out.name}_{Path(calib).stem.replace('.', '_')}"
         runs = runs_on(records, calib)
         rows = comparison.over_seeds(runs)
-        wanted = [
-            (scheme, method, seed) for scheme in SCHEMES for method in METHODS for seed in seeds_of(method, seeds)
-        ]
+        wanted = [(scheme, method, seed) for scheme in SCHEMES for method in LINES for seed in seeds_of(method, seeds)]
         missing = [each for each in wanted if each not in {(r["scheme"], r["method"], r["seed"]) for r in runs}]
         write_record(args.out.with_name(f"{name}.json"), args.model, calib, runs, missing)
         title = f"{args.model}, calibrated on {calib}"
@@ -164,7 +169,7 @@ def runs_on(records: list[Record], calib: str) -> list[Record]:
             raise SystemExit(f"two results for {key}, of two runs with other options: keep one run in a folder")
         if key not in found or record["tasks"]:
             found[key] = record
-    order = ["W16A16", *SCHEMES], [UNQUANTIZED, *METHODS]
+    order = ["W16A16", *SCHEMES], [UNQUANTIZED, *LINES]
     return sorted(found.values(), key=lambda r: (order[0].index(r["scheme"]), order[1].index(r["method"]), r["seed"]))
 
 
@@ -183,7 +188,7 @@ def write_record(path: Path, model: str, calib: str, runs: list[Record], missing
             str(run["seed"]): run["inputs"]["calibration"]["sha256"] for run in runs if run["inputs"]["calibration"]
         },
         "tasks": next((each["tasks"] for each in inputs if each["tasks"]), None),
-        "missing": missing,
+        "missing": [" ".join(map(str, each)) for each in missing],
     }
     dropped = ("inputs", "device_name", "commit")
     lines = [json.dumps({key: value for key, value in run.items() if key not in dropped}) for run in runs]
@@ -206,7 +211,7 @@ def perplexity_tables(rows: list[Record], schemes: tuple[str, ...]) -> list[str]
         }
         unquantized = lines["W16A16", UNQUANTIZED][1] if ("W16A16", UNQUANTIZED) in lines else MISSING
         parts.append(f"On {text}, where the unquantized model has {unquantized}:")
-        parts.append(grid(list(schemes), cells))
+        parts.append(grid(list(schemes), cells, LINES))
     return parts
 
 
@@ -221,24 +226,24 @@ def zero_shot_tables(rows: list[Record]) -> list[str]:
                 for task, score in scores.items():
                     cells[task, row["method"]] = _percent(score and (score["acc_norm"] or score["acc"]))
                 cells["mean", row["method"]] = _percent(row["accuracy"])
-        parts += [f"{scheme}:", grid([*TASKS, "mean"], cells, [UNQUANTIZED, *METHODS])]
+        parts += [f"{scheme}:", grid([*TASKS, "mean"], cells, (UNQUANTIZED, *LINES))]
     return parts
 
 
 Shown = tuple[float | None, str]  # the larger the better, and what stands in the table
 
 
-def grid(columns: list[str], cells: dict[tuple[str, str], Shown], methods: list[str] | None = None) -> str:
+def grid(columns: list[str], cells: dict[tuple[str, str], Shown], methods: tuple[str, ...]) -> str:
     """A Markdown table with a line for each method; the best of a column is bold."""
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     best = {
         column: max(
-            (cells[column, method][0] for method in METHODS if cells.get((column, method), (None,))[0] is not None),
+            (cells[column, method][0] for method in LINES if cells.get((column, method), (None,))[0] is not None),
             default=None,
         )
         for column in columns
     }
-    for method in methods or METHODS:
+    for method in methods:
         line = [method]
         for column in columns:
             value, shown = cells.get((column, method), (None, MISSING))
