@@ -149,8 +149,10 @@ def tables(args: argparse.Namespace) -> None:
         title = f"{args.model}, calibrated on {calib}"
         comparison_plot.draw(rows, (args.images or args.out.parent) / f"{name}.png", title=title)
         if args.doc:
-            parts = [part for schemes in TABLES.values() for part in perplexity_tables(rows, schemes)]
-            put_between_marks(args.doc, name, "\n\n".join([*parts, *zero_shot_tables(rows)]))
+            parts = []
+            for heading, schemes in TABLES.items():
+                parts += [f"### {heading}", *perplexity_tables(rows, schemes)]
+            put_between_marks(args.doc, name, "\n\n".join([*parts, "### Zero-shot", *zero_shot_tables(rows)]))
         print(f"{name}: {len(runs)} runs, {len(missing)} missing")
 
 
