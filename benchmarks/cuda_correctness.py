@@ -5,8 +5,9 @@
 A case draws a scheme, a shape, and one plan: what the heuristic takes, or any candidate. Two comparisons each:
 
     integers  all scales are 1 and every sum is below 2^24, so the fp32 output is the integer itself: it must be equal
-    floats    random scales against the reference backend: equal per channel; with groups, whose fp32 sums are in
-              another order, within 1e-6 of the sum of the terms' magnitudes (and half a step of the output's dtype)
+    floats    random scales against the reference backend: equal per channel, and with groups where the kernel adds
+              them one after the other (`in_order`); elsewhere within 1e-6 of the sum of the terms' magnitudes (and half
+              a step of the output's dtype)
 
 One case in ten is the quantizer alone, with RMSNorm or SiLU(gate) * up before it: codes, scale, zero point, sums must
 be those of `quantizers.py`; after a prologue, whose exp and sums round differently, 0.1 % of the codes may be one off.
@@ -100,6 +101,11 @@ def check_quantizer(case: dict) -> str | None:
     return None if all(exact.values()) else f"differ: {', '.join(name for name, equal in exact.items() if not equal)}"
 
 
+def in_order(chosen) -> bool:
+    """Whether a plan adds the groups as the reference does."""
+    return chosen.path == "mma" and chosen.tile.warps_k == chosen.tile.split_k == 1
+
+
 def check(case: dict) -> tuple[str, str | None]:
     """(path, what is wrong or None)."""
     if case["prologue"] is not None:
@@ -144,7 +150,7 @@ def check(case: dict) -> tuple[str, str | None]:
         limit = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 8e-3}[case["dtype"]]
         return chosen.path, None if error <= limit else f"relative error {error:.2e}"
     expected = reference.linear(x, weight, bias, scheme)
-    if problem.group_size or scheme.group_size:
+    if problem.group_size and not (in_order(chosen) and problem.group_size == scheme.group_size):
         columns = reference.dequantize_weight(weight, scheme, k).abs().sum(1)
         span = choose_qparams(x, activation).scale * activation.qmax  # no term is larger than span * |w|
         step = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[case["dtype"]]

@@ -51,7 +51,8 @@ def check_decode(tile, shape):
     assert x_blocks * tile.warps >= shape.k_blocks > (x_blocks - 1) * tile.warps
     assert config["pass"] == 1 or config["pass"] * tokens * 16 <= threads
     assert config["refill"] or tile.rounds(shape, SMS) * x_blocks <= tile.stages
-    assert config["whole"] == (shape.k == 256 * tile.warps * x_blocks and shape.group_size == shape.group_padded)
+    assert config["full_rounds"] * tile.warps <= shape.k_blocks < (config["full_rounds"] + 1) * tile.warps
+    assert config["full_blocks"] == (shape.k == 256 * shape.k_blocks and shape.group_size == shape.group_padded)
 
     # what an SM and a block may have
     assert threads <= 1024 and threads * tile.blocks_per_sm <= 2048

@@ -77,7 +77,7 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     bias = None if bias is None else bias.float()
     if isinstance(tile, decode.Tile):
         return decode.run(tile, x, weight, bias, problem)
-    planes, scale, zero, total, _ = weight
+    planes, scale, zero, total, group_total, _ = weight
     binary, grouped = chosen.path == "wgmma_b1", problem.group_size > 0
     layout = activations.PLANE_BYTES if binary else activations.BYTES
     tokens = max(8, tile.tokens)
@@ -86,7 +86,7 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     if isinstance(tile, gemm_mma.Tile):
         codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
         gemm_mma.run(
-            planes, codes, scale, zero, total, token.scale, token.zero, token.sums, bias, y,
+            planes, codes, scale, zero, group_total if grouped else total, token.scale, token.zero, token.sums, bias, y,
             group_words=problem.group_words, tile=tile, programmatic=True,
         )  # fmt: skip
     elif binary:

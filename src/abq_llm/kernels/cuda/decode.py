@@ -11,7 +11,7 @@ from torch import Tensor
 from abq_llm.kernels.cuda import activations, jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES, Quantized, columns_per_token
 from abq_llm.kernels.cuda.gpus import gpu
-from abq_llm.kernels.cuda.problem import Problem
+from abq_llm.kernels.cuda.problem import BLOCK, Problem
 
 WHOLE_ROW = 2**20  # group_words where there are no groups
 FUSED_TOKENS = 4  # up to which every block may quantize x anew
@@ -155,7 +155,8 @@ def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms:
         "stages": tile.stages,
         "pass": tile.pass_tiles(problem, sms),
         "refill": tile.rounds(problem, sms) * tile.x_blocks(problem) > tile.stages,
-        "whole": problem.k == 256 * tile.warps * tile.x_blocks(problem) and problem.group_size == problem.group_padded,
+        "full_rounds": problem.k_blocks // tile.warps,
+        "full_blocks": problem.k % BLOCK == 0 and problem.group_size == problem.group_padded,
         "early": tile.early,
         "x_blocks": tile.x_blocks(problem),
         "queue_bytes": tile.stages * slot_bytes(problem),
@@ -178,7 +179,7 @@ def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms:
 
 def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
     """x [M, K], contiguous -> [M, N]."""
-    planes, w_scale, w_zero, w_total, _ = weight
+    planes, w_scale, w_zero, w_total, *_ = weight
     tokens = tile.tokens(problem)
     y = x.new_empty(problem.m, problem.n)
     if tile.fused:

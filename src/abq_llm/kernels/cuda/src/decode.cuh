@@ -17,13 +17,15 @@
 //   C::columns    of a token in the product: its bits, rounded up to 2, 4, 8 or 16
 //   C::tiles      of 8 columns; a block does tiles * 8 / columns tokens
 //   C::x_blocks   k-blocks of a warp
-//   C::whole      there are no columns but those of x, and every warp has C::x_blocks k-blocks
+//   C::full_rounds  of the k-blocks, in which every warp has one: C::x_blocks or one less
+//   C::full_blocks  k-blocks have no columns but those of x
 //   C::refill     the queue does not hold all that a warp multiplies
 //   C::early      the next kernel may start, and read its weights, before x is here
 //   C::fused      x is quantized here, by every block anew: no kernel before this one to wait for
 //   C::in_floats  groups, or 16-bit x with a scale for every k-block: sums are scaled and added in fp32 part by part
 #pragma once
 
+#include "bulk.cuh"
 #include "codes.cuh"
 #include "epilogue.cuh"
 
@@ -41,9 +43,9 @@ template <class C> struct DecodeShape {
     static constexpr int tokens = C::tiles * 8 / C::columns;
     static constexpr int groups_met = C::in_floats ? groups_in_block(C::group_words) : 0;
     // A slot: planes | scales fp32 [groups_met][16] | zero points [groups_met][16] bytes, or int32 [16] if not grouped
-    static constexpr int scale_offset = C::planes * 512;
-    static constexpr int zero_offset = scale_offset + (C::grouped ? groups_met * 64 : 0);
-    static constexpr int slot_bytes = zero_offset + (C::grouped ? groups_met * 16 : groups_met * 64);
+    static constexpr int scale_bytes = C::grouped ? groups_met * 64 : 0, zero_bytes = groups_met * (C::grouped ? 16 : 64);
+    static constexpr int scale_offset = C::planes * 512, zero_offset = scale_offset + scale_bytes;
+    static constexpr int slot_bytes = zero_offset + zero_bytes;
     static constexpr int queue_bytes = C::stages * slot_bytes;
     static_assert(C::queue_bytes == queue_bytes, "the host must ask for as much shared memory");
 };
@@ -62,34 +64,61 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
     __shared__ Grid token_grid[tokens];
     __shared__ int token_sum[tokens];
     extern __shared__ uint4 queues[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it is the same in all lanes
     const int first_tile = blockIdx.y * C::tiles, first_token = blockIdx.y * tokens;
     const int padded_rows = row_tiles * 16;
 
     unsigned char* queue = reinterpret_cast<unsigned char*>(queues) + warp * Shape::queue_bytes;
+    // A slot is filled by the copy engine where there is one: copies by the lanes would stand in the way of the other
+    // accesses of the SM, those of the kernel before this one among them.
+    __shared__ unsigned long long barriers[has_bulk_copies ? C::warps : 1][has_bulk_copies ? C::stages : 1];
+    auto full = [&](int slot) { return shared_address(&barriers[warp][slot]); };
+    if constexpr (has_bulk_copies) {
+        if (lane < C::stages) barrier_init(full(lane), 1);
+        barrier_init_fence();
+        __syncwarp();
+    }
+    auto has_block = [&](int b) { return b < C::full_rounds || b * C::warps + warp < k_blocks; };
+    auto is_there = [&](int row_tile, int b) { return row_tile < row_tiles && has_block(b); };
+    // Scales and zero points, as 16-byte pieces: where piece i of a slot comes from
+    auto scale_source = [&](int kb, int row_tile, int i) {
+        const int group = min(8 * kb / C::group_words + i / 4, groups - 1);
+        return w_scale + (long long)group * padded_rows + row_tile * 16 + i % 4 * 4;
+    };
+    auto zero_source = [&](int kb, int row_tile, int i) -> const void* {
+        if constexpr (!C::grouped) return static_cast<const int*>(w_zero) + row_tile * 16 + i * 4;
+        const int group = min(8 * kb / C::group_words + i, groups - 1);
+        return static_cast<const unsigned char*>(w_zero) + (long long)group * padded_rows + row_tile * 16;
+    };
+    // Of a slot: one lane's work for the copy engine, else all lanes'
     auto load = [&](int slot, int row_tile, int b) {
         const int kb = b * C::warps + warp;
-        if (row_tile < row_tiles && (C::whole || kb < k_blocks)) {
-            unsigned char* to = queue + slot * Shape::slot_bytes;
-            const uint4* from = weight + ((long long)row_tile * k_blocks + kb) * (C::planes * 32) + lane;
-#pragma unroll
-            for (int p = 0; p < C::planes; p++) copy_async_16(to + p * 512 + lane * 16, from + p * 32);
+        unsigned char* to = queue + slot * Shape::slot_bytes;
+        const uint4* from = weight + ((long long)row_tile * k_blocks + kb) * (C::planes * 32);
+        if (!is_there(row_tile, b)) {
+            // nothing
+        } else if constexpr (has_bulk_copies) {
+            barrier_arrive_expecting(full(slot), Shape::slot_bytes);
+            bulk_copy(shared_address(to), from, C::planes * 512, full(slot));
             if constexpr (C::grouped) {
-                if (lane < groups_met * 4) {
-                    const long long row = (long long)min(8 * kb / C::group_words + lane / 4, groups - 1) * padded_rows + row_tile * 16;
-                    copy_async_16(to + Shape::scale_offset + lane * 16, w_scale + row + lane % 4 * 4);
-                }
-                if (lane < groups_met) {
-                    const long long row = (long long)min(8 * kb / C::group_words + lane, groups - 1) * padded_rows + row_tile * 16;
-                    copy_async_16(to + Shape::zero_offset + lane * 16, static_cast<const unsigned char*>(w_zero) + row);
+#pragma unroll
+                for (int i = 0; i < groups_met; i++) {
+                    bulk_copy(shared_address(to + Shape::scale_offset + i * 64), scale_source(kb, row_tile, 4 * i), 64, full(slot));
+                    bulk_copy(shared_address(to + Shape::zero_offset + i * 16), zero_source(kb, row_tile, i), 16, full(slot));
                 }
             } else if constexpr (C::in_floats) {
-                if (lane < 4) {
-                    copy_async_16(to + Shape::zero_offset + lane * 16, static_cast<const int*>(w_zero) + row_tile * 16 + lane * 4);
-                }
+                bulk_copy(shared_address(to + Shape::zero_offset), zero_source(kb, row_tile, 0), 64, full(slot));
             }
+        } else {
+#pragma unroll
+            for (int p = 0; p < C::planes; p++) copy_async_16(to + (p * 32 + lane) * 16, from + p * 32 + lane);
+            if constexpr (C::grouped)
+                if (lane < Shape::scale_bytes / 16) copy_async_16(to + Shape::scale_offset + lane * 16, scale_source(kb, row_tile, lane));
+            if constexpr (C::in_floats)
+                if (lane < Shape::zero_bytes / 16) copy_async_16(to + Shape::zero_offset + lane * 16, zero_source(kb, row_tile, lane));
         }
-        copy_async_commit();
+        if constexpr (!has_bulk_copies) copy_async_commit();
     };
     // What the epilogue needs of the row whose outputs this thread will write; also loaded a pass ahead
     const int tile_out = C::pass == 1 ? 0 : threadIdx.x / (tokens * 16);  // in the pass
@@ -105,8 +134,12 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
             offset_next = static_cast<const float*>(w_sum)[row];
         }
     };
+    if constexpr (has_bulk_copies) {
+        if (lane < C::stages) load(lane, blockIdx.x + lane / C::x_blocks * gridDim.x, lane % C::x_blocks);
+    } else {
 #pragma unroll
-    for (int s = 0; s < C::stages; s++) load(s, blockIdx.x + s / C::x_blocks * gridDim.x, s % C::x_blocks);
+        for (int s = 0; s < C::stages; s++) load(s, blockIdx.x + s / C::x_blocks * gridDim.x, s % C::x_blocks);
+    }
     load_row(blockIdx.x);
     if constexpr (C::programmatic) {
         if constexpr (C::early) grid_dependency_launch();
@@ -120,16 +153,17 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
         __shared__ float tops[tokens][C::warps], bottoms[tokens][C::warps];
         if (threadIdx.x < tokens) token_sum[threadIdx.x] = 0;
         auto source = [&](int b, int h) {
-            return quad_source<C::group_size, C::group_padded, C::whole>(256 * (b * C::warps + warp) + fragment_column(lane, h), K);
+            return quad_source<C::group_size, C::group_padded, C::full_blocks>(256 * (b * C::warps + warp) + fragment_column(lane, h), K);
         };
-        Quad<T> quad[tokens][C::x_blocks][2];
+        Quad<T> quad[tokens][C::x_blocks][2] = {};
 #pragma unroll
         for (int m = 0; m < tokens; m++) {
             const T* token = static_cast<const T*>(x) + (long long)min(first_token + m, M - 1) * K;
 #pragma unroll
             for (int b = 0; b < C::x_blocks; b++)
 #pragma unroll
-                for (int h = 0; h < 2; h++) quad[m][b][h] = load_quad<T, C::aligned>(token, source(b, h));
+                for (int h = 0; h < 2; h++)
+                    if (has_block(b)) quad[m][b][h] = load_quad<T, C::aligned>(token, source(b, h));
         }
 #pragma unroll
         for (int m = 0; m < tokens; m++) {
@@ -155,6 +189,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
             for (int b = 0; b < C::x_blocks; b++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
+                    if (!has_block(b)) continue;
                     const unsigned codes = codes_of<C::bits>(quad[m][b][h], source(b, h), grid);
                     sum = sum_of_bytes(codes, sum);
                     words[b][m * C::columns / 8][h] |= codes << (m * C::columns % 8);
@@ -182,13 +217,13 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
             }
     }
 
-    int parity = 0, slot = 0;
+    int parity = 0, slot = 0, phase = 0;
     for (int first_row_tile = blockIdx.x; first_row_tile < row_tiles; first_row_tile += C::pass * gridDim.x, parity ^= 1) {
         const int n_out = (first_row_tile + tile_out * gridDim.x) * 16 + threadIdx.x % 16;
         const float scale_out = scale_next, offset_out = offset_next;
         const int zero_out = zero_next, sum_out = sum_next;
-        load_row(first_row_tile + C::pass * gridDim.x);
-  
+        if (first_row_tile + C::pass * gridDim.x < row_tiles) load_row(first_row_tile + C::pass * gridDim.x);
+
 #pragma unroll C::pass * C::x_blocks * C::planes * C::tiles <= 32 ? C::pass : 1
         for (int r = 0; r < C::pass; r++) {
             const int row_tile = first_row_tile + r * gridDim.x;  // past the last one, sums that no one reads
@@ -197,14 +232,18 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
 #pragma unroll
             for (int b = 0; b < C::x_blocks; b++) {
                 const int kb = b * C::warps + warp;
-                copy_async_wait<C::stages - 1>();
-                if constexpr (C::in_floats) __syncwarp();  // other lanes have copied scales and zero points
+                if constexpr (has_bulk_copies) {
+                    if (is_there(row_tile, b)) barrier_wait<false>(full(slot), phase);
+                } else {
+                    copy_async_wait<C::stages - 1>();
+                    if constexpr (C::in_floats) __syncwarp();  // other lanes have copied scales and zero points
+                }
                 const unsigned char* from = queue + slot * Shape::slot_bytes;
                 uint4 planes[C::planes];
 #pragma unroll
                 for (int p = 0; p < C::planes; p++) planes[p] = reinterpret_cast<const uint4*>(from)[p * 32 + lane];
-                if (!C::whole && kb >= k_blocks) {
-                    // nothing: the last round of k-blocks does not take all warps
+                if (!has_block(b)) {
+                    // nothing
                 } else if constexpr (by_plane) {
 #pragma unroll
                     for (int p = 0; p < C::planes; p++)
@@ -268,11 +307,14 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
                     __syncwarp();  // all lanes have read the slot
                 }
                 if constexpr (C::refill) {
+                    if constexpr (has_bulk_copies) __syncwarp();  // all lanes have read the slot
                     constexpr int ahead = C::stages;
-                    load(slot, row_tile + (b + ahead) / C::x_blocks * gridDim.x, (b + ahead) % C::x_blocks);
+                    if (!has_bulk_copies || lane == 0)
+                        load(slot, row_tile + (b + ahead) / C::x_blocks * gridDim.x, (b + ahead) % C::x_blocks);
+                    phase ^= slot == C::stages - 1;
                     slot = slot == C::stages - 1 ? 0 : slot + 1;
                 } else {
-                    copy_async_commit();  // for `copy_async_wait` to count
+                    if constexpr (!has_bulk_copies) copy_async_commit();  // for `copy_async_wait` to count
                     slot++;
                 }
             }

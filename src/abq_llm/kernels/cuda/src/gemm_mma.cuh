@@ -9,7 +9,8 @@
 // in a queue of `stages` column blocks. `warps_k` slices of `warps_rows` warps, and `split_k` thread blocks, divide the columns; their
 // sums meet in shared memory (in global memory for split_k) and are added in a fixed order, so that results repeat to the bit.
 //
-// Grouped weights: the integer sum of a group becomes a float and is scaled at the end of the group. Slices begin with a group.
+// Grouped weights: the integer sum of a group becomes a float and is scaled at the end of the group, in the reference's order of
+// roundings; a single slice adds the groups in the reference's order, too. Slices begin with a group.
 //
 // Constants: planes, tokens, warps_rows, row_tiles, warps_k, split_k, stages, grouped, group_words (group size / 32),
 // has_zero_point (grouped weights only), programmatic, shared_bytes, blocks_per_sm; type T of the output.
@@ -99,7 +100,8 @@ template <class C> struct GemmMma {
     static constexpr int tokens_offset = 0;                                                        // u8 [16 chunks][tile][8][16]
     static constexpr int weight_offset = tokens_offset + 256 * C::tokens;                          // uint4 [row tile][plane][lane]
     static constexpr int scale_offset = weight_offset + 512 * C::planes * block_row_tiles;         // float [group][row]
-    static constexpr int group_sum_offset = scale_offset + 4 * group_slots * rows;                 // int [group][token]
+    static constexpr int total_offset = scale_offset + 4 * group_slots * rows;                     // int [group][row]
+    static constexpr int group_sum_offset = total_offset + 4 * group_slots * rows;                 // int [group][token]
     static constexpr int zero_offset = group_sum_offset + 4 * zero_slots * C::tokens;              // u8 [group][row]
     static constexpr int stage_bytes = zero_offset + zero_slots * rows;
     static constexpr int sum_pitch = rows + 4;  // four lanes two tokens apart, eight lanes a row apart: 32 banks
@@ -115,44 +117,49 @@ template <class C> struct GemmMma {
 
 __device__ inline float float_below_2_23(unsigned value) { return __uint_as_float(0x4B000000u | value) - 8388608.0f; }
 
-// End of a group: total += scale * (sum - zero * group_sum). `row` and `token` are the lane's first ones in the block.
+// End of a group: y += scale * (sum - zero * group_sum - x_zero * total). `row` and `token` are the lane's first ones in the block.
 template <class C>
 __device__ inline void add_group(
-    float (&total)[C::row_tiles][C::tokens / 8][4], int (&sum)[C::row_tiles][C::tokens / 8][4], const unsigned char* stage,
-    int slot, int row, int token) {
+    float (&y)[C::row_tiles][C::tokens / 8][4], int (&sum)[C::row_tiles][C::tokens / 8][4], const unsigned char* stage,
+    const float* minus_x_zeros, int slot, int row, int token) {
     using G = GemmMma<C>;
     const float* scales = reinterpret_cast<const float*>(stage + G::scale_offset) + slot * G::rows + row;
+    const int* totals = reinterpret_cast<const int*>(stage + G::total_offset) + slot * G::rows + row;
     const unsigned char* zeros = stage + G::zero_offset + slot * G::rows + row;
     const int* group_sums = reinterpret_cast<const int*>(stage + G::group_sum_offset) + slot * C::tokens + token;
     float scale[C::row_tiles][2];
-    int zero[C::row_tiles][2] = {};
+    int total[C::row_tiles][2], zero[C::row_tiles][2] = {};
 #pragma unroll
     for (int r = 0; r < C::row_tiles; r++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             scale[r][half] = scales[16 * r + 8 * half];
+            total[r][half] = totals[16 * r + 8 * half];
             if constexpr (C::has_zero_point) zero[r][half] = zeros[16 * r + 8 * half];
         }
 #pragma unroll
     for (int n = 0; n < C::tokens / 8; n++) {
-        int group_sum[2] = {};
-        if constexpr (C::has_zero_point) {
-            int2 pair = *reinterpret_cast<const int2*>(group_sums + 8 * n);
-            group_sum[0] = pair.x, group_sum[1] = pair.y;
-        }
+        const float2 minus_x_zero = *reinterpret_cast<const float2*>(minus_x_zeros + token + 8 * n);
+        int2 group_sum = make_int2(0, 0);
+        if constexpr (C::has_zero_point) group_sum = *reinterpret_cast<const int2*>(group_sums + 8 * n);
 #pragma unroll
         for (int r = 0; r < C::row_tiles; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float value;
-                if constexpr (G::sums_in_mantissa) {  // all three are integers below 2^24: the multiply-add rounds like one conversion
-                    value = __int_as_float(sum[r][n][i]) - 8388608.0f;
+                const float minus_z = i % 2 ? minus_x_zero.y : minus_x_zero.x;
+                const int s = i % 2 ? group_sum.y : group_sum.x;
+                float term;
+                if constexpr (G::sums_in_mantissa) {  // 2^23 + integers below 2^23: exact, until the last rounds once
+                    float value = __int_as_float(sum[r][n][i]);
                     if constexpr (C::has_zero_point)
-                        value = __fmaf_rn(-float_below_2_23(zero[r][i / 2]), float_below_2_23(group_sum[i % 2]), value);
+                        value = __fmaf_rn(-float_below_2_23(zero[r][i / 2]), float_below_2_23(s), value);
+                    value = __fmaf_rn(minus_z, float(total[r][i / 2]), value);
+                    term = __fmaf_rn(value, scale[r][i / 2], -8388608.0f * scale[r][i / 2]);
                 } else {
-                    value = float(sum[r][n][i] - zero[r][i / 2] * group_sum[i % 2]);
+                    const int value = sum[r][n][i] - zero[r][i / 2] * s + int(minus_z) * total[r][i / 2];
+                    term = __fmul_rn(float(value), scale[r][i / 2]);
                 }
-                total[r][n][i] = __fmaf_rn(value, scale[r][i / 2], total[r][n][i]);
+                y[r][n][i] = __fadd_rn(y[r][n][i], term);
                 if constexpr (!G::groups_fit_blocks) sum[r][n][i] = G::sum_start;
             }
     }
@@ -162,7 +169,7 @@ __device__ inline void add_group(
 template <class C>
 __device__ inline void multiply_block(
     int (&sum)[C::row_tiles][C::tokens / 8][4], float (&total)[C::row_tiles][C::tokens / 8][4], const unsigned char* stage,
-    int warp_row, int lane, int kb, bool last) {
+    const float* minus_x_zeros, int warp_row, int lane, int kb, bool last) {
     using G = GemmMma<C>;
     constexpr int words = power_of_two_above(C::planes);
     unsigned word[C::row_tiles][4][words];
@@ -206,12 +213,12 @@ __device__ inline void multiply_block(
         if constexpr (C::grouped)
             if ((step + 1) % G::ends_apart == 0 &&
                 (G::groups_fit_blocks || (group_offset + step + 1) % C::group_words == 0 || (step == 7 && last)))
-                add_group<C>(total, sum, stage, (group_offset + step) / C::group_words, first_row, first_token);
+                add_group<C>(total, sum, stage, minus_x_zeros, (group_offset + step) / C::group_words, first_row, first_token);
     }
 }
 
 // per channel: w_scale [N], w_zero int [N], w_sum int [N] (centered_sum), x_sum [8 MT].
-// grouped: w_scale [groups][N], w_zero unsigned char [groups][N], w_sum float [N] (offset), x_sum [groups][8 MT]; without zero points
+// grouped: w_scale [groups][N], w_zero unsigned char [groups][N], w_sum int [groups][N], x_sum [groups][8 MT]; without zero points
 // w_zero and x_sum are null. N is padded to 16 in all of them, MT is that of ACT_U8.
 // partials: split_k * blocks * tokens * rows sums; arrivals: one zero per block, left as zeros. Both null for split_k = 1.
 template <class C>
@@ -263,8 +270,10 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
 #pragma unroll
             for (int piece = slice_thread; piece < G::group_slots * G::rows / 4; piece += G::slice_threads) {
                 int group = first_group + piece / (G::rows / 4), row = first_row + piece % (G::rows / 4) * 4;
-                copy_async_16_or_zero(stage + G::scale_offset + 16 * piece, w_scale + (long long)(group)*padded_rows + row,
-                                      group < groups && row < padded_rows);
+                const long long place = (long long)(group)*padded_rows + row;
+                const bool inside = group < groups && row < padded_rows;
+                copy_async_16_or_zero(stage + G::scale_offset + 16 * piece, w_scale + place, inside);
+                copy_async_16_or_zero(stage + G::total_offset + 16 * piece, static_cast<const int*>(w_sum) + place, inside);
             }
         }
         if constexpr (G::zero_slots > 0) {
@@ -316,8 +325,8 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
         if constexpr (!C::grouped) {
             copy_async_4(row_scale + row, w_scale + first_row + row);
             copy_async_4(row_zero + row, static_cast<const int*>(w_zero) + first_row + row);
+            copy_async_4(row_sum + row, static_cast<const int*>(w_sum) + first_row + row);
         }
-        copy_async_4(row_sum + row, static_cast<const int*>(w_sum) + first_row + row);
         if (bias) copy_async_4(row_bias + row, bias + first_row + row);
     }
     if constexpr (C::programmatic) {
@@ -326,13 +335,21 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
     }
     for (int token = thread; token < C::tokens && first_token + token < M; token += G::threads) {
         copy_async_4(token_scale + token, x_scale + first_token + token);
-        copy_async_4(token_zero + token, x_zero + first_token + token);
-        if constexpr (!C::grouped) copy_async_4(token_sum + token, x_sum + first_token + token);
+        if constexpr (!C::grouped) {
+            copy_async_4(token_zero + token, x_zero + first_token + token);
+            copy_async_4(token_sum + token, x_sum + first_token + token);
+        }
     }
 #pragma unroll
     for (int stage = 0; stage < C::stages - 1; stage++) {
         if (kb_begin + stage < kb_end) load_tokens(kb_begin + stage, queue + stage * G::stage_bytes);
         copy_async_commit();
+    }
+    float* minus_x_zeros = reinterpret_cast<float*>(token_zero);  // if grouped: of all slices, and before the end
+    if constexpr (C::grouped) {
+        for (int token = thread; token < C::tokens; token += G::threads)
+            minus_x_zeros[token] = -float(x_zero[smaller(first_token + token, M - 1)]);
+        __syncthreads();
     }
 
     int sum[C::row_tiles][G::token_tiles][4];
@@ -354,7 +371,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
             load_tokens(next, free_stage);
         }
         copy_async_commit();
-        multiply_block<C>(sum, total, queue + stage * G::stage_bytes, warp_row, lane, kb, kb == KB - 1);
+        multiply_block<C>(sum, total, queue + stage * G::stage_bytes, minus_x_zeros, warp_row, lane, kb, kb == KB - 1);
         stage = stage == C::stages - 1 ? 0 : stage + 1;
     }
 
@@ -427,7 +444,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             if constexpr (C::grouped)
-                output[i] = output_grouped(value[i], __int_as_float(row_sum[row + i]), token_zero[token], token_scale[token]);
+                output[i] = __fmul_rn(value[i], token_scale[token]);
             else
                 output[i] = output_per_channel(value[i], row_zero[row + i], row_sum[row + i], row_scale[row + i], token_zero[token],
                                                token_sum[token], token_scale[token]);
