@@ -81,7 +81,7 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     binary, grouped = chosen.path == "wgmma_b1", problem.group_size > 0
     layout = activations.PLANE_BYTES if binary else activations.BYTES
     tokens = max(8, tile.tokens)
-    token = activations.quantize(x, problem, layout, tokens=tokens, group_sums=grouped)
+    token = activations.quantize(x, problem, layout, tokens=tokens, group_sums=grouped and chosen.path == "mma")
     y = x.new_empty(problem.m, problem.n)
     if isinstance(tile, gemm_mma.Tile):
         codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
@@ -96,6 +96,6 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
         codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
         gemm_wgmma.run(
             tile, y, codes, token[1:], planes, (scale, zero, total), bias,
-            group_words=problem.group_words, programmatic=True,
+            group_size=problem.group_size, last_group=problem.last_group, programmatic=True,
         )  # fmt: skip
     return y

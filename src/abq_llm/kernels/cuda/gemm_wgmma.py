@@ -18,7 +18,7 @@ from abq_llm.kernels.cuda.gpus import gpu
 SHARED_LIMIT = 227 * 1024  # bytes a block may have on sm_90
 SHARED_RESERVED = 1024  # of the multiprocessor's 228 KiB for each block on it
 TOKENS = (32, 48, 64, 96, 112, 128, 144, 160, 176, 192, 208, 240, 256)  # of wgmma's n, those worth a tile
-GROUPED_TOKENS = 128  # at most: grouped sums need two sets of accumulators
+GROUPED_TOKENS = 160  # at most: grouped sums need two sets of accumulators
 
 # Cycles of an H100's multiprocessor, fitted to measured products (see `cycles`)
 START_CYCLES = 8300  # of a block: filling its stages and writing its results
@@ -39,6 +39,10 @@ class Tile:
     stage_steps: int = 4
     weight_slots: int = 2  # of the weights' planes in shared memory, 256 columns each
     resident: int = 1  # blocks on a multiprocessor
+    unit: int = 4  # steps of 32 columns whose products start together
+    turns: bool = True  # whether warpgroups take turns
+    cluster: int = 1
+    ablate: int = 0
 
     @property
     def rows(self) -> int:
@@ -58,7 +62,7 @@ def shared_bytes(tile: Tile, planes: int, x_planes: int | None = None) -> int:
     head = -(-(384 + 24 * tile.tokens) // 128) * 128
     stage = tile.tokens * 32 * (tile.stage_steps if x_planes is None else x_planes)
     slot = tile.rows // 16 * planes * 512
-    out = tile.consumers * 2 * 16 * 144
+    out = tile.consumers * 4 * 2 * 16 * 48
     return head + tile.stages * stage + tile.weight_slots * slot + out
 
 
@@ -82,6 +86,11 @@ def _fits_registers(tile: Tile, planes: int) -> bool:
     dealt = (start * tile.threads - 24 * 128) // (tile.consumers * 128) // 8 * 8
     words = 1 << (planes - 1).bit_length()
     return tile.tokens // 2 + 30 <= start and tile.tokens // 2 + 4 * words + OTHER_REGISTERS <= dealt
+
+
+def takes_groups(planes: int, group_size: int) -> bool:
+    """Whether groups are such that the sum of each is exact in the kernel, and not so short that it would be slow."""
+    return planes < 8 and group_size > 32 and (2**planes - 1) * 255 * group_size < 2**23
 
 
 def _token_counts(m: int) -> list[int]:
@@ -146,12 +155,11 @@ def constants(
     planes: int,
     dtype: torch.dtype,
     *,
-    group_words: int = 0,
-    has_zero_point: bool = True,
+    group_size: int = 0,
     programmatic: bool = False,
     debug: bool = False,
 ) -> dict[str, bool | int | str]:
-    """The kernel's Config; `group_words` 0 is per channel. `debug` traps where a kernel would otherwise hang."""
+    """The kernel's Config; `group_size` 0 is per channel. `debug` traps where a kernel would otherwise hang."""
     return {
         "planes": planes,
         "tokens": tile.tokens,
@@ -161,9 +169,13 @@ def constants(
         "stage_steps": tile.stage_steps,
         "weight_slots": tile.weight_slots,
         "resident": tile.resident,
-        "grouped": group_words > 0,
-        "group_words": max(group_words, 1),
-        "has_zero_point": has_zero_point,
+        "unit": tile.unit,
+        "turns": tile.turns,
+        "ablate": tile.ablate,
+        "cluster": tile.cluster,
+        "grouped": group_size > 0,
+        "group_size": max(group_size, 1),
+        "group_words": -(-group_size // 32) if group_size else tile.unit,
         "programmatic": programmatic,
         "debug": debug,
         "T": TYPE_NAMES[dtype],
@@ -176,34 +188,27 @@ def run(
     x: Tensor,
     tokens: tuple[Tensor, Tensor, Tensor | None],
     weight: Tensor,
-    rows: tuple[Tensor, Tensor | None, Tensor],
+    rows: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None = None,
     *,
-    group_words: int = 0,
+    group_size: int = 0,
+    last_group: int = 0,
     programmatic: bool = False,
     debug: bool = False,
 ) -> None:
     """y [M, N] = x w^T + bias, in place.
 
     x        uint8 [16 KB, MT, 8, 16], 8 MT >= M rounded up to `tile.tokens`
-    tokens   scale fp32, zero point int32, sum of codes int32 [8 MT]; the sum [groups, 8 MT] if grouped
+    tokens   scale fp32, zero point int32, sum of codes int32 [8 MT]
     weight   int32 [NR, KB, planes, 32, 4]
     rows     scale fp32, zero point int32, centered sum int32 [NR 16];
-             if grouped scale fp32, zero point uint8 or None [groups, NR 16], offset fp32 [NR 16]
+             if grouped scale fp32, zero point uint8 [groups, NR 16], the third is not read
     """
     planes, k_blocks = weight.shape[2], weight.shape[1]
-    has_zero_point = rows[1] is not None
-    config = constants(
-        tile,
-        planes,
-        y.dtype,
-        group_words=group_words,
-        has_zero_point=has_zero_point,
-        programmatic=programmatic,
-        debug=debug,
-    )
-    groups = rows[0].shape[0] if group_words else 0
-    _launch("gemm_wgmma", config, tile, y, x, x.shape[1], tokens, weight, rows, bias, k_blocks, planes, None, (groups,))
+    config = constants(tile, planes, y.dtype, group_size=group_size, programmatic=programmatic, debug=debug)
+    groups = rows[0].shape[0] if group_size else 0
+    more = groups, last_group
+    _launch("gemm_wgmma", config, tile, y, x, x.shape[1], tokens, weight, rows, bias, k_blocks, planes, None, more)
 
 
 def run_b1(
@@ -245,7 +250,8 @@ def _launch(
     needed = -(-m // tile.tokens) * tile.tokens
     if token_tiles * 8 < needed:
         raise AbqError(f"x is padded to {token_tiles * 8} tokens; tiles of {tile.tokens} need {needed}")
-    grid = min(tile.count(m, n), tile.resident * gpu(y.get_device()).sms), 1, 1
+    blocks = min(tile.count(m, n), tile.resident * gpu(y.get_device()).sms)
+    grid = -(-blocks // tile.cluster) * tile.cluster, 1, 1
     kernel = jit.load(stem, stem, config, y.device)
     args = [weight, x, *rows, *tokens, bias, y, m, n, k_blocks, token_tiles, *more]
     shared = shared_bytes(tile, planes, x_planes)

@@ -41,7 +41,7 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
         if problem.bits == 16:
             return Plan("dequantize")
     m, n, blocks, planes = problem.m, problem.n, problem.k_blocks, problem.planes
-    if gpu.has_wgmma and m >= WGMMA_TOKENS and _long_groups(problem):
+    if gpu.has_wgmma and m >= WGMMA_TOKENS and _wgmma_takes(problem):
         if not problem.group_size and planes * problem.bits < 8:
             return Plan("wgmma_b1", gemm_wgmma.choose_b1(m, n, blocks, planes, problem.bits, gpu.sms))
         return Plan("wgmma", gemm_wgmma.choose(m, n, blocks, planes, gpu.sms, problem.group_size > 0))
@@ -49,9 +49,8 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
     return Plan("mma", tile)
 
 
-def _long_groups(problem: Problem) -> bool:
-    """Whether groups, if any, are long enough for the warpgroup product, which waits at the end of each."""
-    return not problem.group_size or problem.group_words >= 4
+def _wgmma_takes(problem: Problem) -> bool:
+    return not problem.group_size or gemm_wgmma.takes_groups(problem.planes, problem.group_size)
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
@@ -67,7 +66,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     m, n, blocks, planes, grouped = problem.m, problem.n, problem.k_blocks, problem.planes, problem.group_size > 0
     words, limit = problem.group_words, gpu.shared_limit
     plans += [Plan("mma", tile) for tile in gemm_mma.candidates(m, n, blocks, planes, gpu.sms, words, grouped, limit)]
-    if gpu.has_wgmma and m > 8 and _long_groups(problem):
+    if gpu.has_wgmma and m > 8 and _wgmma_takes(problem):
         plans += [Plan("wgmma", tile) for tile in gemm_wgmma.candidates(m, planes, grouped)]
         if not grouped and planes * problem.bits < 8:
             plans += [Plan("wgmma_b1", tile) for tile in gemm_wgmma.candidates_b1(m, planes, problem.bits)]

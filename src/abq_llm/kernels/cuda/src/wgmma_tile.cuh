@@ -43,11 +43,11 @@ template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
     static_assert(row_tiles <= 32 && chunks_per_stage <= 32, "one lane copies one piece");
 };
 
-// Bytes from one token's 64 results to the next one's in shared memory; 16 more than they take, against bank conflicts
-template <class T> constexpr int out_pitch = 64 * sizeof(T) + 16;
-// Tokens whose results of 64 rows are on their way at a time; a warpgroup has room for twice as many
+// Results leave by warps, 16 rows each: bytes from one token's 16 results to the next one's in shared memory (16 more than
+// they take, against bank conflicts), and tokens on their way at a time. A warp has room for twice as many.
+template <class T> constexpr int out_pitch = 16 * sizeof(T) + 16;
 template <class T> constexpr int out_tokens = 32 / sizeof(T);
-constexpr int out_bytes = 2 * 16 * (64 * 2 + 16);  // of a warpgroup
+constexpr int out_bytes = 2 * 16 * (16 * 2 + 16);  // of a warp
 static_assert(2 * out_tokens<float> * out_pitch<float> <= out_bytes);
 
 // A place in a ring of `size` buffers, each with a barrier "full" and one "empty", and the parity of its present round
@@ -77,7 +77,7 @@ template <class C, class Shape> struct Shared {
         constexpr int consumer_warps = C::consumers * 4;
         for (int i = 0; i < C::stages; ++i) {
             barrier_init(x_full(i), 1);
-            barrier_init(x_empty(i), consumer_warps);
+            barrier_init(x_empty(i), consumer_warps * C::cluster);
         }
         for (int i = 0; i < C::weight_slots; ++i) {
             barrier_init(weight_full(i), 1);
@@ -92,24 +92,44 @@ template <class C, class Shape> struct Shared {
 
     __device__ void init_together() const {  // by all threads of the block
         if (threadIdx.x == 0) init();
+        if constexpr (C::cluster > 1) cluster_barrier();
         __syncthreads();
     }
 
-    // Where this warpgroup's results are on their way out
-    __device__ unsigned out() const {
-        return base + Shape::out_offset + threadIdx.x / 128 * out_bytes;
-    }
+    // Where this warp's results are on their way out
+    __device__ unsigned out() const { return base + Shape::out_offset + threadIdx.x / 32 * out_bytes; }
 
     // A warp has done with a stage.
     __device__ void release_x(int stage, int lane) const {
         if (lane == 0) barrier_arrive(x_empty(stage));
+        if (C::cluster > 1 && lane == 1) barrier_arrive_in(x_empty(stage), cluster_rank() ^ 1);
+    }
+};
+
+// Warpgroups take turns to start their products, in a ring, so that one makes its next operands while another multiplies;
+// left to themselves, they would all do the same at the same time. The named barrier of a warpgroup brings it its turn.
+template <class C> struct Turns {
+    static constexpr bool any = C::turns && C::consumers > 1;
+    const int mine = threadIdx.x / 128;
+
+    __device__ void begin() const {
+        if (any && mine == C::consumers - 1) pass();
+    }
+    __device__ void take() const {
+        if (any) named_barrier(1 + mine, 256);
+    }
+    __device__ void pass() const {
+        if (any) named_barrier_arrive(1 + (mine + 1 == C::consumers ? 0 : mine + 1), 256);
+    }
+    __device__ void end() const {
+        if (mine == 0) take();
     }
 };
 
 // The tiles of y of this block, one after the other: first all rows of the first tokens
 template <class C, class Shape> struct Tiles {
     int index, row_blocks, count;
-    __device__ Tiles(int M, int N) : index(blockIdx.x), row_blocks(ceil_div(N, Shape::rows)) {
+    __device__ Tiles(int M, int N) : index(blockIdx.x), row_blocks(ceil_div(ceil_div(N, Shape::rows), C::cluster) * C::cluster) {
         count = row_blocks * ceil_div(M, C::tokens);
     }
     __device__ bool any() const { return index < count; }
@@ -125,9 +145,15 @@ __device__ inline void produce_x(const Shared<C, Shape>& shared, Place<C::stages
     for (int stage = 0; stage < KB * Shape::stages_per_block; ++stage) {
         const unsigned full = shared.x_full(place.index);
         barrier_wait<C::debug>(shared.x_empty(place.index), place.parity ^ 1);
-        if (lane == 0) barrier_arrive_expecting(full, Shape::stage_bytes);
+        if (lane == 0) barrier_arrive_expecting(full, C::ablate & 1 ? 0 : Shape::stage_bytes);
         __syncwarp();
-        if (lane < chunks_per_stage) {
+        if constexpr (C::cluster > 1) {
+            const int chunk = lane * 2 + int(cluster_rank());
+            if (chunk < chunks_per_stage) {
+                bulk_copy_to_pair(shared.x(place.index) + chunk * Shape::chunk_bytes, x + chunk * chunk_stride,
+                                  Shape::chunk_bytes, full);
+            }
+        } else if (lane < chunks_per_stage && !(C::ablate & 1)) {
             bulk_copy(shared.x(place.index) + lane * Shape::chunk_bytes, x + lane * chunk_stride, Shape::chunk_bytes,
                       full);
         }
@@ -145,9 +171,9 @@ __device__ inline void produce_weights(const Shared<C, Shape>& shared, Place<C::
     for (int kb = 0; kb < KB; ++kb) {
         const unsigned full = shared.weight_full(place.index);
         barrier_wait<C::debug>(shared.weight_empty(place.index), place.parity ^ 1);
-        if (lane == 0) barrier_arrive_expecting(full, Shape::slot_bytes);
+        if (lane == 0) barrier_arrive_expecting(full, C::ablate & 2 ? 0 : Shape::slot_bytes);
         __syncwarp();
-        if (lane < Shape::row_tiles) {
+        if (lane < Shape::row_tiles && !(C::ablate & 2)) {
             bulk_copy(shared.weight(place.index) + lane * Shape::tile_bytes, from, Shape::tile_bytes, full);
         }
         from += C::planes * 32;
@@ -212,9 +238,8 @@ template <class T> __device__ inline unsigned pair(float low, float high) {
     return unsigned(from_float<T>(low).bits) | unsigned(from_float<T>(high).bits) << 16;
 }
 
-// The results of 64 rows of one warpgroup lie in shared memory as [token][64 rows]. A warp has 16 of the rows; its lane holds,
-// for n = lane / 4 and m = 2 (lane % 4), y[m][n], y[m+1][n], y[m][n+8], y[m+1][n+8]. `at` is where token 0 of these eight
-// meets the first of the 16 rows.
+// The results of a warp's 16 rows lie in shared memory as [token][16 rows]. A lane holds, for n = lane / 4 and m = 2 (lane % 4),
+// y[m][n], y[m+1][n], y[m][n+8], y[m+1][n+8]. `at` is where token 0 of these eight begins.
 template <class T> __device__ inline void store_out(unsigned at, int lane, const float (&y)[4]) {
     if constexpr (sizeof(T) == 2) {
         const unsigned row = at + lane % 8 * out_pitch<T> + (lane & 8 ? 16 : 0);
@@ -230,38 +255,37 @@ template <class T> __device__ inline void store_out(unsigned at, int lane, const
     }
 }
 
-// From there to y [M, N], one row of 64 after the other, by the 128 threads of a warpgroup
-template <int tokens, class T>
-__device__ inline void copy_out(unsigned from, int thread, T* y, int token0, int n0, int M, int N) {
-    constexpr int width = 16 / sizeof(T), parts = 64 / width;
-    const int n = n0 + thread % parts * width;
-    const bool whole = N % width == 0 && n + width <= N;
-    for (int token = thread / parts; token < tokens && token0 + token < M; token += 128 / parts) {
-        const uint4 value = load_shared_4(from + token * out_pitch<T> + thread % parts * 16);
-        T* to = y + size_t(token0 + token) * N + n;
-        if (whole) {
-            *reinterpret_cast<uint4*>(to) = value;
-        } else {
-            const unsigned words[4] = {value.x, value.y, value.z, value.w};
+// From there to y [M, N]: 16 bytes a lane, so that the lanes of a token write whole sectors of 32 bytes
+template <class T>
+__device__ inline void copy_out(unsigned from, int lane, T* y, int token0, int n0, int M, int N) {
+    constexpr int width = 16 / sizeof(T), parts = 16 / width;
+    static_assert(32 / parts == out_tokens<T>);
+    const int token = lane / parts, n = n0 + lane % parts * width;
+    const uint4 value = load_shared_4(from + token * out_pitch<T> + lane % parts * 16);
+    if (token0 + token >= M) return;
+    T* to = y + size_t(token0 + token) * N + n;
+    if (N % width == 0 && n + width <= N) {
+        *reinterpret_cast<uint4*>(to) = value;
+    } else {
+        const unsigned words[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
-            for (int i = 0; i < width; ++i) {
-                if (n + i >= N) continue;
-                if constexpr (sizeof(T) == 2) {
-                    to[i].bits = (unsigned short)(words[i / 2] >> i % 2 * 16);
-                } else {
-                    to[i] = __uint_as_float(words[i]);
-                }
+        for (int i = 0; i < width; ++i) {
+            if (n + i >= N) continue;
+            if constexpr (sizeof(T) == 2) {
+                to[i].bits = (unsigned short)(words[i / 2] >> i % 2 * 16);
+            } else {
+                to[i] = __uint_as_float(words[i]);
             }
         }
     }
 }
 
-// Writes 64 rows, from n0 on, of a warpgroup's results: value(j, y) gives those that this lane has of tokens 8j .. 8j+7.
-// They go by the warpgroup's `out` in shared memory, a few tokens at a time.
+// Writes 16 rows, from n0 on, of a warp's results: value(j, y) gives those that this lane has of tokens 8j .. 8j+7. They go by
+// the warp's `out` in shared memory, a few tokens at a time; no other warp is waited for.
 template <int tokens, class T, class Value>
 __device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0, int M, int N, Value value) {
-    const int thread = threadIdx.x % 128, barrier = 2 + threadIdx.x / 128;
-    named_barrier(barrier, 128);  // what was written before has left
+    const int lane = threadIdx.x % 32;
+    __syncwarp();  // what was written before has left
 #pragma unroll
     for (int first = 0; first < tokens; first += out_tokens<T>) {
         const unsigned buffer = out + first / out_tokens<T> % 2 * (out_bytes / 2);
@@ -269,10 +293,10 @@ __device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0
         for (int m = 0; m < out_tokens<T>; m += 8) {
             float results[4];
             value((first + m) / 8, results);
-            store_out<T>(buffer + thread / 32 * 16 * sizeof(T) + m * out_pitch<T>, thread % 32, results);
+            store_out<T>(buffer + m * out_pitch<T>, lane, results);
         }
-        named_barrier(barrier, 128);
-        copy_out<out_tokens<T>>(buffer, thread, y, token0 + first, n0, M, N);
+        __syncwarp();
+        copy_out<T>(buffer, lane, y, token0 + first, n0, M, N);
     }
 }
 
@@ -280,16 +304,13 @@ __device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0
 struct Row {
     float scale, bias;
     int zero, centered_sum;
-    bool has_bias;
     __device__ Row(int n, const float* w_scale, const int* w_zero, const int* w_centered_sum, const float* b, int N) {
         const int last = min(n, N - 1);
         scale = __ldg(w_scale + last), zero = __ldg(w_zero + last), centered_sum = __ldg(w_centered_sum + last);
-        has_bias = b != nullptr;
-        bias = has_bias ? __ldg(b + last) : 0;
+        bias = b ? __ldg(b + last) : -0.0f;  // y + -0 = y
     }
     __device__ float result(int product, float x_scale, int x_zero, int x_sum) const {
-        const float y = output_per_channel(product, zero, centered_sum, scale, x_zero, x_sum, x_scale);
-        return has_bias ? __fadd_rn(y, bias) : y;
+        return __fadd_rn(output_per_channel(product, zero, centered_sum, scale, x_zero, x_sum, x_scale), bias);
     }
 };
 
