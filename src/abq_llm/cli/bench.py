@@ -106,7 +106,7 @@ def bench_kernels(
     failures: list[kernel_speed.Failure] = []
     with progress_bar(errors) as bar:
         if jobs:
-            _compile(candidates, sizes, counts, place, jobs, bar)
+            _compile(candidates, sizes, counts, place, jobs, check, bar)
         task = bar.add_task("kernels", total=len(candidates) * len(sizes) * len(counts), note="")
         for result in kernel_speed.measure(candidates, sizes, counts, place, bandwidth=bandwidth, check=check):
             if isinstance(result, kernel_speed.Failure):
@@ -169,12 +169,14 @@ def _compile(
     tokens: list[int],
     place: torch.device,
     processes: int,
+    check: bool,
     bar: Progress,
 ) -> None:
     from abq_llm.evaluation.compile_ahead import compile_ahead
 
     try:
-        compile_ahead(candidates, shapes, tokens, place, processes, counter(bar, "compile"))
+        progress = counter(bar, "compile")
+        compile_ahead(candidates, shapes, tokens, place, processes, check=check, progress=progress)
     except BrokenExecutor:
         bar.console.print("a process that compiled has died; what is missing is compiled as needed")
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 import torch
 
 from abq_llm.evaluation import rivals
+from abq_llm.evaluation.kernel_speed import CHECKED_TOKENS
 from abq_llm.evaluation.kernels_compared import Kernel, ours
 from abq_llm.scheme import Scheme
 
@@ -21,10 +22,13 @@ def compile_ahead(
     tokens: Sequence[int],
     device: torch.device,
     processes: int,
+    *,
+    check: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Run each kernel that compiles on each shape (n, k) and number of tokens. One that fails is left for later.
 
+    check: also what the comparison with the reference runs.
     progress: is told how many products are done, and of how many.
 
     Raises:
@@ -35,7 +39,7 @@ def compile_ahead(
     spawn = multiprocessing.get_context("spawn")  # a process that uses CUDA must not be forked
     with ProcessPoolExecutor(processes, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         jobs = [
-            pool.submit(_run, kernel.name, kernel.scheme, kernel.backend, m, n, k, str(device))
+            pool.submit(_run, kernel.name, kernel.scheme, kernel.backend, (m, n, k), str(device), check)
             for kernel in slowest_first
             for n, k in shapes
             for m in tokens
@@ -49,12 +53,14 @@ def compile_ahead(
                 job.cancel()
 
 
-def _run(name: str, scheme: str, backend: str | None, m: int, n: int, k: int, device: str) -> None:
-    parsed = Scheme.parse(scheme)
+def _run(name: str, scheme: str, backend: str | None, problem: tuple[int, int, int], device: str, check: bool) -> None:
+    parsed, place, (m, n, k) = Scheme.parse(scheme), torch.device(device), problem
     kernel = ours(backend, parsed) if backend else rivals.PACKAGES[name][1](parsed)
     assert kernel
-    place = torch.device(device)
+    dtypes = [torch.float16, torch.float32] if backend and check and m <= CHECKED_TOKENS else [torch.float16]
     with suppress(Exception):  # the measurement meets it again, and reports it
-        kernel.linear(torch.ones(m, k, dtype=torch.float16, device=place), kernel.load(n, k, place).weight)
+        weight = kernel.load(n, k, place).weight
+        for dtype in dtypes:
+            kernel.linear(torch.ones(m, k, dtype=dtype, device=place), weight)
         if place.type == "cuda":
             torch.cuda.synchronize(place)
