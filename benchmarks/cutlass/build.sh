@@ -2,7 +2,8 @@
 # Builds libabq_cutlass.so beside this file: CUTLASS's integer products for `abq bench kernels --cutlass`.
 # sh build.sh [CUTLASS] [ARCH]
 # CUTLASS: a checkout, or where `pip download --no-deps nvidia-cutlass` was unpacked to: cutlass_library/source.
-# ARCH: 90a (the default, with wgmma), or another from 80 on, as nvcc names it. Needs nvcc.
+# ARCH: 90a (the default, with wgmma), or another from 80 on, as nvcc names it.
+# Needs nvcc and some minutes.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 cutlass=${1:-cutlass}

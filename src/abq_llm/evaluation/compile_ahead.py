@@ -57,7 +57,8 @@ def _run(name: str, scheme: str, backend: str | None, problem: tuple[int, int, i
     parsed, place, (m, n, k) = Scheme.parse(scheme), torch.device(device), problem
     kernel = ours(backend, parsed) if backend else rivals.PACKAGES[name][1](parsed)
     assert kernel
-    dtypes = [torch.float16, torch.float32] if backend and check and m <= CHECKED_TOKENS else [torch.float16]
+    both = backend and check and m <= CHECKED_TOKENS and parsed.activation is not None
+    dtypes = [torch.float16, torch.float32] if both else [torch.float16]
     with suppress(Exception):  # the measurement meets it again, and reports it
         weight = kernel.load(n, k, place).weight
         for dtype in dtypes:
