@@ -26,10 +26,11 @@ class Tile:
 
     tiles: int
     warps: int = 16
-    stages: int = 4  # k-blocks of weights that a warp has under way
+    stages: int = 4  # of the queue of weights, a k-block for every warp each
     blocks_per_sm: int = 1
     fused: bool = False  # x, a few tokens, is quantized in this kernel
     early: bool = False  # the next kernel's weights may come before this one's x
+    window: int = 16  # stages under way before x is here
 
     def x_blocks(self, problem: Problem) -> int:
         """k-blocks of a warp, whose activations it keeps in registers."""
@@ -55,8 +56,8 @@ class Tile:
         return -(-rounds // passes)
 
 
-def slot_bytes(problem: Problem) -> int:
-    """Shared memory of a k-block of a row tile, as in `DecodeShape` (which refuses to compile when they differ)."""
+def block_bytes(problem: Problem) -> int:
+    """Shared memory of a k-block of a row tile, with its scales and zero points."""
     if problem.group_size:
         words = problem.group_words
         met = max((8 * kb + 7) // words - 8 * kb // words + 1 for kb in range(min(words, 64)))
@@ -65,8 +66,8 @@ def slot_bytes(problem: Problem) -> int:
 
 
 def shared_bytes(tile: Tile, problem: Problem) -> int:
-    """Dynamic shared memory of a block."""
-    return tile.warps * tile.stages * slot_bytes(problem)
+    """Dynamic shared memory of a block, as in `DecodeShape` (which refuses to compile when they differ)."""
+    return tile.warps * tile.stages * block_bytes(problem)
 
 
 def registers(tile: Tile, problem: Problem) -> int:
@@ -83,7 +84,8 @@ def registers(tile: Tile, problem: Problem) -> int:
 
 def resident(tile: Tile, problem: Problem) -> int:
     """Blocks that an SM should hold: twice as many as work, so that the next kernel's are already there."""
-    return (2 if 64 * tile.warps * tile.blocks_per_sm * registers(tile, problem) <= 65536 else 1) * tile.blocks_per_sm
+    twice = 2 * tile.blocks_per_sm
+    return twice if twice * _threads(tile) * registers(tile, problem) <= 65536 else tile.blocks_per_sm
 
 
 def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
@@ -104,7 +106,7 @@ def _candidates(problem: Problem, tiles: int, sms: int, shared_limit: int) -> li
         if (
             (warps == 4 or warps < 2 * problem.k_blocks)
             and stages < 2 * tile.rounds(problem, sms) * tile.x_blocks(problem)
-            and registers(tile, problem) <= min(255, 65536 // (32 * warps * blocks))
+            and registers(tile, problem) <= min(255, 65536 // (_threads(tile) * blocks))
             and _sums_bytes(tile, problem) <= STATIC_LIMIT
             and blocks * _shared(tile, problem) <= shared_limit
         ):
@@ -113,6 +115,11 @@ def _candidates(problem: Problem, tiles: int, sms: int, shared_limit: int) -> li
         tile for tile in found if tile.fused and problem.m == 1
     ]  # always faster, where a warp can hold its part of x
     return alone or found
+
+
+def _threads(tile: Tile) -> int:
+    """Of a block, with the warp that copies, which GPUs without a copy engine do without."""
+    return 32 * (tile.warps + 1)
 
 
 def _shared(tile: Tile, problem: Problem) -> int:
@@ -159,7 +166,8 @@ def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms:
         "full_blocks": problem.k % BLOCK == 0 and problem.group_size == problem.group_padded,
         "early": tile.early,
         "x_blocks": tile.x_blocks(problem),
-        "queue_bytes": tile.stages * slot_bytes(problem),
+        "shared_bytes": shared_bytes(tile, problem),
+        "window": tile.window,
         "resident": resident(tile, problem),
         "fused": tile.fused,
         "aligned": aligned and tile.fused,
@@ -190,15 +198,15 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
         token = activations.quantize(x, problem, activations.FRAGMENTS, tokens=max(tokens, 8))
         tables = token.scale, token.zero, token.sums
         x_tiles = token.codes.numel() // (64 * problem.k_blocks)
-    sms = gpu(x.get_device()).sms
-    config = constants(tile, problem, TYPE_NAMES[x.dtype], activations.aligned(x, problem), sms)
+    place = gpu(x.get_device())
+    config = constants(tile, problem, TYPE_NAMES[x.dtype], activations.aligned(x, problem), place.sms)
     kernel = jit.load("decode", "decode", config, x.device)
     row_tiles = problem.row_tiles
-    blocks = -(-row_tiles // tile.rounds(problem, sms))  # as many as share the rows evenly
+    blocks = -(-row_tiles // tile.rounds(problem, place.sms))  # as many as share the rows evenly
     launch.launch(
         kernel,
         (blocks, -(-problem.m // tokens), 1),
-        (32 * tile.warps, 1, 1),
+        (_threads(tile) if place.has_copy_engine else 32 * tile.warps, 1, 1),
         [
             *(planes, token.codes, w_scale, w_zero, w_total, *tables, bias, y),
             *(problem.m, problem.n, problem.k, problem.k_blocks, x_tiles, row_tiles, problem.groups),
