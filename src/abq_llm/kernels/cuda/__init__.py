@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, plan, tune
+from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, gemm_wgmma_f16, plan, tune
 from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.layout import prepare as prepare
 from abq_llm.kernels.cuda.plan import Plan
@@ -71,12 +71,16 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     """`linear` by a given plan."""
     x = x.contiguous()
     tile = chosen.tile
-    if tile is None:
+    floats = chosen.path == "wgmma_f16"
+    if tile is None or (floats and x.dtype == torch.float32):
         dense = dequantize.dequantize(weight, problem, x)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
     bias = None if bias is None else bias.float()
     if isinstance(tile, decode.Tile):
         return decode.run(tile, x, weight, bias, problem)
+    if floats:
+        assert isinstance(tile, gemm_wgmma.Tile)
+        return gemm_wgmma_f16.run(tile, x, weight, bias, problem)
     planes, scale, zero, total, group_total, _ = weight
     binary, grouped = chosen.path == "wgmma_b1", problem.group_size > 0
     layout = activations.PLANE_BYTES if binary else activations.BYTES

@@ -4,39 +4,9 @@
 // shared memory as the quantizer wrote it. A product of a warpgroup runs while the next step's bytes are made; the other
 // warpgroups fill what gaps are left.
 #pragma once
-#include "int8.cuh"
-#include "wgmma_tile.cuh"
+#include "wgmma_weights.cuh"
 
-template <bool condition, class A, class B> struct Either { using type = A; };
-template <class A, class B> struct Either<false, A, B> { using type = B; };
-struct Nothing {
-    template <class... Any> __device__ Nothing(Any...) {}
-};
-
-__device__ constexpr int greatest_divisor(int a, int b) { return b == 0 ? a : greatest_divisor(b, a % b); }
-
-template <class C> using GemmShape = Tile<C, 16, 2 * C::stage_steps>;
-
-// The planes of a k-block that one lane of a warp holds, for each of its slabs
-template <class C> struct Planes {
-    static constexpr int width = power_of_two_above(C::planes);
-    unsigned words[C::slabs][4][width];  // [][register of the fragment][]
-
-    __device__ void load(unsigned address, int lane) {
-#pragma unroll
-        for (int slab = 0; slab < C::slabs; ++slab) {
-#pragma unroll
-            for (int p = 0; p < width; ++p) {
-                uint4 plane = make_uint4(0, 0, 0, 0);
-                if (p < C::planes) plane = load_shared_4(address + (slab * 4 * C::planes + p) * 512 + lane * 16);
-                words[slab][0][p] = plane.x, words[slab][1][p] = plane.y;
-                words[slab][2][p] = plane.z, words[slab][3][p] = plane.w;
-            }
-#pragma unroll
-            for (int r = 0; r < 4; ++r) planes_to_steps<C::planes>(words[slab][r]);
-        }
-    }
-};
+template <class C> using GemmShape = Tile<C, 16, 2 * C::stage_steps, C::grouped ? 2 : 3>;
 
 // Sums over groups, of the rows n, n + 8 of one lane and the tokens of the tile, in the reference's order and with its roundings:
 //
@@ -48,49 +18,26 @@ template <class C> struct Planes {
 //     fma((2^23 + v) 2^-149, scale 2^100, -scale 2^-26) = v scale 2^-49
 //
 // rounds just once, like the product in the reference. The powers of two are exact; the last one leaves with the result.
-template <class C> struct Groups {
-    static constexpr int steps = greatest_divisor(C::group_words, C::unit);  // that end with a group, or inside
-    static constexpr bool in_block = 8 % C::group_words == 0;                // every k-block begins with a group
+template <class C> struct GroupSums : GroupRows<C> {
+    static constexpr int steps = GroupRows<C>::steps;
     static constexpr float scale_up = 0x1p100f, scale_down = 0x1p-26f, total_up = 0x1p49f;
 
     float total[C::tokens / 2];
-    float scales[2], next_scales[2];
-    int zeros[2], next_zeros[2];
-    const float* scale;  // of the next group, row n
-    const unsigned char* zero;
-    int stride, groups, last_columns;  // last_columns: of the last group
-    int group = -1, word = C::group_words;  // the present one, and steps of it so far
+    int last_columns;  // of the last group
 
-    __device__ Groups(const float* w_scale, const unsigned char* w_zero, int row, int rows, int groups, int last_columns)
-        : scale(w_scale + row), zero(w_zero + row), stride(rows), groups(groups), last_columns(last_columns) {
+    __device__ GroupSums(const float* w_scale, const unsigned char* w_zero, int row, int rows, int groups, int last_columns)
+        : GroupRows<C>(w_scale, w_zero, row, rows, groups), last_columns(last_columns) {
 #pragma unroll
         for (int i = 0; i < C::tokens / 2; ++i) total[i] = 0;
-        load_next();
     }
-    __device__ void load_next() {  // long before they are used
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const bool any = group + 1 < groups;
-            next_scales[e] = any ? __ldg(scale + 8 * e) : 0;
-            next_zeros[e] = any ? __ldg(zero + 8 * e) : 0;
-        }
-        scale += stride, zero += stride;
-    }
-    __device__ bool starts(int step) const { return in_block ? step % C::group_words == 0 : word == C::group_words; }
-    __device__ bool ends(int step) const { return in_block ? step % C::group_words == 0 : word == C::group_words; }
-
     // Codes become centered, and the accumulators what they start with. `x_zeros`: where the token zero points lie
     __device__ __forceinline__ void prepare(unsigned (&a)[steps][4], int (&acc)[C::tokens / 2], int step, unsigned x_zeros) {
-        const bool first = starts(step);
-        if (first) {
-            ++group, word = 0;
-#pragma unroll
-            for (int e = 0; e < 2; ++e) scales[e] = next_scales[e], zeros[e] = next_zeros[e];
-            load_next();
-        }
-        int columns = group + 1 < groups ? C::group_size : group < groups ? last_columns : 0;  // the others are filling
-        columns = min(max(columns - (in_block ? step % C::group_words : word) * 32, 0), 32 * steps);
-        word += steps;
+        const bool first = this->starts(step);
+        if (first) this->start();
+        // Columns of these steps that are no filling
+        int columns = this->group + 1 < this->groups ? C::group_size : this->group < this->groups ? last_columns : 0;
+        columns = min(max(columns - this->words(step) * 32, 0), 32 * steps);
+        this->word += steps;
         int sums[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -99,8 +46,8 @@ template <class C> struct Groups {
             for (int i = 0; i < steps; ++i) sum = add_bytes(a[i][e + 2], add_bytes(a[i][e], sum));
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
-            sums[e] = int(sum) - zeros[e] * columns;
-            const unsigned minus = unsigned(zeros[e]) * 0x01010101u;
+            sums[e] = int(sum) - this->zeros[e] * columns;
+            const unsigned minus = unsigned(this->zeros[e]) * 0x01010101u;
 #pragma unroll
             for (int i = 0; i < steps; ++i) {
                 a[i][e] = subtract_bytes(a[i][e], minus);
@@ -118,8 +65,8 @@ template <class C> struct Groups {
     }
     // At the end of a group
     __device__ __forceinline__ void add(const int (&acc)[C::tokens / 2]) {
-        const float up[2] = {scales[0] * scale_up, scales[1] * scale_up};
-        const float down[2] = {-scales[0] * scale_down, -scales[1] * scale_down};
+        const float up[2] = {this->scales[0] * scale_up, this->scales[1] * scale_up};
+        const float down[2] = {-this->scales[0] * scale_down, -this->scales[1] * scale_down};
 #pragma unroll
         for (int i = 0; i < C::tokens / 2; ++i) {
             const int e = i / 2 % 2;
@@ -147,7 +94,7 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C
                int KB, int MT, int groups, int last_group) {
     using Shape = GemmShape<C>;
     using T = typename C::T;
-    constexpr int unit = Groups<C>::steps;
+    constexpr int unit = GroupRows<C>::steps;
     static_assert(C::stage_steps % unit == 0 && (!C::grouped || (C::slabs == 1 && C::planes < 8)));
     extern __shared__ __align__(128) unsigned char dynamic_shared[];
     const Shared<C, Shape> shared{shared_address(dynamic_shared)};
@@ -156,7 +103,7 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C
 
     shared.init_together();
     if (warpgroup == C::consumers) {
-        produce<2 * C::stage_steps>(shared, tiles, weight, x, x_scale, x_zero, x_sum, N, KB, MT);
+        produce(shared, tiles, weight, x, x_scale, x_zero, x_sum, N, KB, MT);
     } else {
         if constexpr (Shape::deals_registers) registers_raise<Shape::consumer_registers>();
         const int row_tile = warpgroup * C::slabs * 4 + warp;  // in the tile, of slab 0
@@ -171,7 +118,7 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C
             int acc[C::slabs][C::tokens / 2];
             int accumulate = C::grouped;
             // Row tiles past the last one repeat it
-            typename Either<C::grouped, Groups<C>, Nothing>::type sums(w_scale, w_zero, min(n, rows - 16 + lane / 4), rows, groups, last_group);
+            typename Either<C::grouped, GroupSums<C>, Nothing>::type sums(w_scale, w_zero, min(n, rows - 16 + lane / 4), rows, groups, last_group);
             if constexpr (C::grouped) barrier_wait<C::debug>(shared.tokens_full(buffer.index), buffer.parity);
 
             for (int kb = 0; kb < KB; ++kb) {
@@ -233,7 +180,7 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C
                     }
                 }
             }
-            if constexpr (C::grouped && !Groups<C>::in_block) {
+            if constexpr (C::grouped && !GroupRows<C>::in_block) {
                 if (sums.word < C::group_words) sums.add(acc[0]);  // a last group that is short
             }
 

@@ -8,7 +8,7 @@
 #pragma once
 #include "wgmma_tile.cuh"
 
-template <class C> using BinaryShape = Tile<C, 2 * C::x_planes, 2 * C::x_planes>;
+template <class C> using BinaryShape = Tile<C, 2 * C::x_planes, 2 * C::x_planes, 3>;
 
 template <class C> struct BinaryProducts {
     using Shape = BinaryShape<C>;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident)
 
     shared.init_together();
     if (warpgroup == C::consumers) {
-        produce<2 * C::x_planes>(shared, tiles, weight, x, x_scale, x_zero, x_sum, N, KB, MT);
+        produce(shared, tiles, weight, x, x_scale, x_zero, x_sum, N, KB, MT);
     } else {
         if constexpr (Shape::deals_registers) registers_raise<Shape::consumer_registers>();
         BinaryProducts<C> products;

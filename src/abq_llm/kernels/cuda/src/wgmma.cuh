@@ -82,22 +82,25 @@ template <int n> struct Wgmma;
 #define ABQ_D120 ABQ_D112 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define ABQ_D128 ABQ_D120 ",%120,%121,%122,%123,%124,%125,%126,%127"
 
-// u8, s8: k = 32 bytes, of A unsigned or signed, of B unsigned; b1: k = 256 bits, D += popcount(A & B)
-#define ABQ_PRODUCT(name, shape, registers, a0, a1, a2, a3, b, use, ...)                                             \
+// u8, s8: k = 32 bytes, of A unsigned or signed, of B unsigned; b1: k = 256 bits, D += popcount(A & B);
+// f16, bf16: k = 16, D the bits of fp32
+#define ABQ_PRODUCT(name, shape, more, registers, a0, a1, a2, a3, b, use, ...)                                       \
     static __device__ inline void name(int (&d)[size], const unsigned (&a)[4], unsigned long long b_descriptor,     \
                                        int accumulate) {                                                            \
         asm volatile("{.reg .pred p; setp.ne.b32 p, " use ", 0;"                                                    \
                      " wgmma.mma_async.sync.aligned." shape                                                         \
-                     " {" registers "}, {" a0 "," a1 "," a2 "," a3 "}, " b ", p;}"                                  \
+                     " {" registers "}, {" a0 "," a1 "," a2 "," a3 "}, " b ", p" more ";}"                          \
                      : __VA_ARGS__                                                                                  \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(accumulate));             \
     }
 #define ABQ_WGMMA(n, ...)                                                             \
     template <> struct Wgmma<n> {                                                     \
         static constexpr int size = n / 2;                                            \
-        ABQ_PRODUCT(u8, "m64n" #n "k32.s32.u8.u8", __VA_ARGS__)                       \
-        ABQ_PRODUCT(s8, "m64n" #n "k32.s32.s8.u8", __VA_ARGS__)                       \
-        ABQ_PRODUCT(b1, "m64n" #n "k256.s32.b1.b1.and.popc", __VA_ARGS__)             \
+        ABQ_PRODUCT(u8, "m64n" #n "k32.s32.u8.u8", "", __VA_ARGS__)                   \
+        ABQ_PRODUCT(s8, "m64n" #n "k32.s32.s8.u8", "", __VA_ARGS__)                   \
+        ABQ_PRODUCT(b1, "m64n" #n "k256.s32.b1.b1.and.popc", "", __VA_ARGS__)         \
+        ABQ_PRODUCT(f16, "m64n" #n "k16.f32.f16.f16", ", 1, 1, 0", __VA_ARGS__)       \
+        ABQ_PRODUCT(bf16, "m64n" #n "k16.f32.bf16.bf16", ", 1, 1, 0", __VA_ARGS__)    \
     };
 ABQ_WGMMA(8, ABQ_D4, "%4", "%5", "%6", "%7", "%8", "%9", ABQ_OUT4)
 ABQ_WGMMA(16, ABQ_D8, "%8", "%9", "%10", "%11", "%12", "%13", ABQ_OUT8(0))

@@ -11,13 +11,14 @@
 #include "epilogue.cuh"
 #include "wgmma.cuh"
 
-// chunks: of tokens x 16 bytes of x, in a k-block and in a stage
-template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
+// chunks: of tokens x 16 bytes of x, in a k-block and in a stage; words_of_token: what else is known of one, at most three
+template <class C, int chunks_per_block, int stage_chunks, int words_of_token> struct Tile {
     static constexpr int consumer_threads = C::consumers * 128;
     static constexpr int threads = consumer_threads + 128;
     static constexpr int row_tiles = C::consumers * C::slabs * 4;
     static constexpr int rows = row_tiles * 16;
 
+    static constexpr int chunks_per_stage = stage_chunks;
     static constexpr int chunk_bytes = C::tokens * 16;
     static constexpr int stage_bytes = chunks_per_stage * chunk_bytes;
     static constexpr int stages_per_block = chunks_per_block / chunks_per_stage;
@@ -25,7 +26,7 @@ template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
     static constexpr int slot_bytes = row_tiles * tile_bytes;
 
     static constexpr int barrier_bytes = 384;
-    static constexpr int token_words = C::grouped ? 2 : 3;  // scale, zero point, sum
+    static constexpr int token_words = words_of_token;  // scale, zero point, sum
     static constexpr int token_bytes = 3 * C::tokens * 4;
     static constexpr int x_offset = ceil_div(barrier_bytes + 2 * token_bytes, 128) * 128;
     static constexpr int weight_offset = x_offset + C::stages * stage_bytes;
@@ -139,7 +140,7 @@ template <class C, class Shape> struct Tiles {
 };
 
 // x of one tile: KB k-blocks from `x` on; `chunk_stride` bytes lie between chunks in global memory.
-template <class C, class Shape, int chunks_per_stage>
+template <class C, class Shape>
 __device__ inline void produce_x(const Shared<C, Shape>& shared, Place<C::stages>& place, const unsigned char* x,
                                  size_t chunk_stride, int KB, int lane) {
     for (int stage = 0; stage < KB * Shape::stages_per_block; ++stage) {
@@ -149,15 +150,15 @@ __device__ inline void produce_x(const Shared<C, Shape>& shared, Place<C::stages
         __syncwarp();
         if constexpr (C::cluster > 1) {
             const int chunk = lane * 2 + int(cluster_rank());
-            if (chunk < chunks_per_stage) {
+            if (chunk < Shape::chunks_per_stage) {
                 bulk_copy_to_pair(shared.x(place.index) + chunk * Shape::chunk_bytes, x + chunk * chunk_stride,
                                   Shape::chunk_bytes, full);
             }
-        } else if (lane < chunks_per_stage && !(C::ablate & 1)) {
+        } else if (lane < Shape::chunks_per_stage && !(C::ablate & 1)) {
             bulk_copy(shared.x(place.index) + lane * Shape::chunk_bytes, x + lane * chunk_stride, Shape::chunk_bytes,
                       full);
         }
-        x += chunks_per_stage * chunk_stride;
+        x += Shape::chunks_per_stage * chunk_stride;
         place.advance();
     }
 }
@@ -191,11 +192,11 @@ __device__ inline void produce_token_data(const Shared<C, Shape>& shared, const 
     barrier_arrive_expecting(full, Shape::token_words * bytes);
     bulk_copy(to, scale + token0, bytes, full);
     bulk_copy(to + bytes, zero + token0, bytes, full);
-    if constexpr (!C::grouped) bulk_copy(to + 2 * bytes, sum + token0, bytes, full);
+    if constexpr (Shape::token_words > 2) bulk_copy(to + 2 * bytes, sum + token0, bytes, full);
 }
 
 // All that the producing warpgroup does
-template <int chunks_per_stage, class C, class Shape>
+template <class C, class Shape>
 __device__ inline void produce(const Shared<C, Shape>& shared, Tiles<C, Shape> tiles, const uint4* weight,
                                const unsigned char* x, const float* x_scale, const int* x_zero, const int* x_sum, int N, int KB,
                                int MT) {
@@ -206,12 +207,12 @@ __device__ inline void produce(const Shared<C, Shape>& shared, Tiles<C, Shape> t
         if constexpr (C::programmatic) grid_dependency_wait();
         for (Place<C::stages> place; tiles.any(); tiles.advance()) {
             const unsigned char* from = x + size_t(tiles.token0()) * 16;
-            produce_x<C, Shape, chunks_per_stage>(shared, place, from, size_t(MT) * 128, KB, lane);
+            produce_x(shared, place, from, size_t(MT) * 128, KB, lane);
         }
     } else if (warp == 1) {
         for (Place<C::weight_slots> place; tiles.any(); tiles.advance())
             produce_weights(shared, place, weight, tiles.row_tile0(), N, KB, lane);
-    } else if (warp == 2 && lane == 0) {
+    } else if (Shape::token_words > 0 && warp == 2 && lane == 0) {
         if constexpr (C::programmatic) grid_dependency_wait();
         for (Place<2> place; tiles.any(); tiles.advance(), place.advance())
             produce_token_data(shared, place, x_scale, x_zero, x_sum, tiles.token0());

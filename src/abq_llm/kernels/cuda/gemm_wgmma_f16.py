@@ -1,0 +1,92 @@
+"""Prefill with 16-bit activations on Hopper: weights expanded to floats in registers, for warpgroup products.
+
+`src/gemm_wgmma_f16.cuh`, and `src/x_tiles.cuh` for x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from abq_llm.errors import AbqError
+from abq_llm.kernels.cuda import jit, launch
+from abq_llm.kernels.cuda.activations import TYPE_NAMES, aligned
+from abq_llm.kernels.cuda.gemm_wgmma import SHARED_LIMIT, SHARED_RESERVED, Tile
+from abq_llm.kernels.cuda.gpus import gpu
+from abq_llm.kernels.cuda.problem import Problem
+
+
+def shared_bytes(tile: Tile, planes: int) -> int:
+    """The block's shared memory, laid out in `wgmma_tile.cuh`."""
+    head = -(-(384 + 24 * tile.tokens) // 128) * 128
+    stage = tile.tokens * 64 * tile.stage_steps
+    slot = tile.rows // 16 * planes * 512
+    out = tile.consumers * 4 * 2 * 16 * 48
+    return head + tile.stages * stage + tile.weight_slots * slot + out
+
+
+def filled(tile: Tile, planes: int) -> Tile | None:
+    """`tile` with as many stages as fit, up to 8, or None if fewer than a k-block of x does."""
+    limit = min(SHARED_LIMIT, 228 * 1024 // tile.resident - SHARED_RESERVED)
+    per_block = 8 // tile.stage_steps
+    for stages in range(8, per_block - 1, -1):
+        for slots in range(min(4, max(2, stages // per_block + 1)), 1, -1):
+            found = replace(tile, stages=stages, weight_slots=slots)
+            if shared_bytes(found, planes) <= limit:
+                return found
+    return None
+
+
+def constants(tile: Tile, problem: Problem, dtype: torch.dtype) -> dict[str, bool | int | str]:
+    return {
+        "planes": problem.planes,
+        "tokens": tile.tokens,
+        "consumers": tile.consumers,
+        "slabs": tile.slabs,
+        "stages": tile.stages,
+        "stage_steps": tile.stage_steps,
+        "weight_slots": tile.weight_slots,
+        "resident": tile.resident,
+        "unit": tile.unit,
+        "turns": tile.turns,
+        "cluster": tile.cluster,
+        "ablate": tile.ablate,
+        "grouped": problem.group_size > 0,
+        "group_words": problem.group_words or tile.unit,
+        "programmatic": True,
+        "debug": False,
+        "T": TYPE_NAMES[dtype],
+    }
+
+
+def x_tiles(x: Tensor, problem: Problem, tokens: int) -> Tensor:
+    """x [M, K], contiguous -> [32 KB chunks, MT, 8 tokens, 8 columns], 8 MT a multiple of `tokens`; `src/x_tiles.cuh`."""
+    tiles = -(-problem.m // tokens) * tokens // 8
+    out = x.new_empty(problem.k_blocks * 32, tiles, 8, 8)
+    config: dict[str, bool | int | str] = {
+        "T": TYPE_NAMES[x.dtype],
+        "aligned": aligned(x, problem),
+        **problem.columns(),
+    }
+    kernel = jit.load("x_tiles", "x_tiles", config, x.device)
+    grid = -(-problem.k_blocks * 16 // 32), -(-problem.m // 8), 1
+    args = [x, out, problem.m, problem.k, problem.k_blocks, tiles]
+    launch.launch(kernel, grid, (256, 1, 1), args, programmatic=True)
+    return out
+
+
+def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+    """x [M, K] fp16 or bf16, contiguous, weight of `layout.prepare` -> [M, N] in the dtype of x. bias fp32 [N]."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise AbqError(f"gemm_wgmma_f16 is for 16-bit floats, not {x.dtype}")
+    planes, scale, zero, _, _ = weight
+    tiles = x_tiles(x, problem, tile.tokens)
+    y = x.new_empty(problem.m, problem.n)
+    kernel = jit.load("gemm_wgmma_f16", "gemm_wgmma_f16", constants(tile, problem, x.dtype), x.device)
+    blocks = min(tile.count(problem.m, problem.n), tile.resident * gpu(x.get_device()).sms)
+    grid = -(-blocks // tile.cluster) * tile.cluster, 1, 1
+    args = [planes, tiles, scale, zero, bias, y, *y.shape, problem.k_blocks, tiles.shape[1], problem.groups]
+    launch.launch(kernel, grid, (tile.threads, 1, 1), args, shared_bytes(tile, problem.planes), programmatic=True)
+    return y
