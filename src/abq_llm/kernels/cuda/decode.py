@@ -17,6 +17,7 @@ WHOLE_ROW = 2**20  # group_words where there are no groups
 FUSED_TOKENS = 4  # up to which every block may quantize x anew
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 STATIC_LIMIT = 32 * 1024  # bytes of shared memory for sums; with what a fused token needs, a kernel may have 48 KiB
+WINDOW_BYTES = 32 * 1024  # of an SM, under way before x is here: more delays the end of the kernel before, less wastes bandwidth
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 
 
@@ -30,7 +31,6 @@ class Tile:
     blocks_per_sm: int = 1
     fused: bool = False  # x, a few tokens, is quantized in this kernel
     early: bool = False  # the next kernel's weights may come before this one's x
-    window: int = 16  # stages under way before x is here
 
     def x_blocks(self, problem: Problem) -> int:
         """k-blocks of a warp, whose activations it keeps in registers."""
@@ -68,6 +68,11 @@ def block_bytes(problem: Problem) -> int:
 def shared_bytes(tile: Tile, problem: Problem) -> int:
     """Dynamic shared memory of a block, as in `DecodeShape` (which refuses to compile when they differ)."""
     return tile.warps * tile.stages * block_bytes(problem)
+
+
+def window(tile: Tile, problem: Problem) -> int:
+    """Stages of a block that may be under way before x is here."""
+    return max(1, WINDOW_BYTES // (tile.blocks_per_sm * tile.warps * block_bytes(problem)))
 
 
 def registers(tile: Tile, problem: Problem) -> int:
@@ -149,7 +154,7 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
         all_stages = tile.rounds(problem, sms) * tile.x_blocks(problem)
         under_way = tile.blocks_per_sm * tile.warps * min(tile.stages, all_stages)
         idle = tile.x_blocks(problem) * tile.warps / problem.k_blocks
-        return tile.fused, leaves_room, under_way, -tile.blocks_per_sm, -idle, tile.warps, -tile.stages, not tile.early
+        return tile.fused, under_way, leaves_room, -tile.blocks_per_sm, -idle, tile.warps, -tile.stages, not tile.early
 
     return max(tiles, key=preference) if tiles else None
 
@@ -167,7 +172,7 @@ def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms:
         "early": tile.early,
         "x_blocks": tile.x_blocks(problem),
         "shared_bytes": shared_bytes(tile, problem),
-        "window": tile.window,
+        "window": window(tile, problem),
         "resident": resident(tile, problem),
         "fused": tile.fused,
         "aligned": aligned and tile.fused,

@@ -81,7 +81,7 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
     """x [M, K] fp16 or bf16, contiguous, weight of `layout.prepare` -> [M, N] in the dtype of x. bias fp32 [N]."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise AbqError(f"gemm_wgmma_f16 is for 16-bit floats, not {x.dtype}")
-    planes, scale, zero, _, _ = weight
+    planes, scale, zero, *_ = weight
     tiles = x_tiles(x, problem, tile.tokens)
     y = x.new_empty(problem.m, problem.n)
     kernel = jit.load("gemm_wgmma_f16", "gemm_wgmma_f16", constants(tile, problem, x.dtype), x.device)
