@@ -103,7 +103,7 @@ def check_quantizer(case: dict) -> str | None:
 
 def in_order(chosen) -> bool:
     """Whether a plan adds the groups as the reference does."""
-    return chosen.path == "wgmma" or (chosen.path == "mma" and chosen.tile.warps_k == chosen.tile.split_k == 1)
+    return chosen.path == "wgmma" or (chosen.path == "mma" and chosen.tile.in_order)
 
 
 def check(case: dict) -> tuple[str, str | None]:
