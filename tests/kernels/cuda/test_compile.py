@@ -182,11 +182,11 @@ def test_gemm_wgmma(planes):
 
 
 @pytest.mark.parametrize(
-    ("planes", "group_size", "dtype"), [(2, 64, HALF), (7, 96, torch.bfloat16), (4, 128, torch.float32)]
+    ("planes", "group_words", "dtype"), [(2, 2, HALF), (7, 3, torch.bfloat16), (4, 4, torch.float32)]
 )
-def test_gemm_wgmma_of_groups(planes, group_size, dtype):
+def test_gemm_wgmma_of_groups(planes, group_words, dtype):
     tile = gemm_wgmma.choose(2048, 4096, 16, planes, GPUS["sm_90a"].sms, True)
-    constants = gemm_wgmma.constants(tile, planes, dtype, group_size=group_size, programmatic=True)
+    constants = gemm_wgmma.constants(tile, planes, dtype, group_words=group_words, programmatic=True)
     found = instructions(compiled("gemm_wgmma", constants, "sm_90a"))
     assert has(found, "IGMMA") and not has(found, "I2F.S32")  # sums are read as floats
 

@@ -40,8 +40,7 @@ class Tile:
     weight_slots: int = 2  # of the weights' planes in shared memory, 256 columns each
     resident: int = 1  # blocks on a multiprocessor
     unit: int = 4  # steps of 32 columns whose products start together
-    turns: bool = True  # whether warpgroups take turns
-    cluster: int = 1
+    turns: int = 2  # whether warpgroups take turns
     ablate: int = 0
 
     @property
@@ -155,11 +154,11 @@ def constants(
     planes: int,
     dtype: torch.dtype,
     *,
-    group_size: int = 0,
+    group_words: int = 0,
     programmatic: bool = False,
     debug: bool = False,
 ) -> dict[str, bool | int | str]:
-    """The kernel's Config; `group_size` 0 is per channel. `debug` traps where a kernel would otherwise hang."""
+    """The kernel's Config; `group_words` 0 is per channel. `debug` traps where a kernel would otherwise hang."""
     return {
         "planes": planes,
         "tokens": tile.tokens,
@@ -172,10 +171,8 @@ def constants(
         "unit": tile.unit,
         "turns": tile.turns,
         "ablate": tile.ablate,
-        "cluster": tile.cluster,
-        "grouped": group_size > 0,
-        "group_size": max(group_size, 1),
-        "group_words": -(-group_size // 32) if group_size else tile.unit,
+        "grouped": group_words > 0,
+        "group_words": group_words or tile.unit,
         "programmatic": programmatic,
         "debug": debug,
         "T": TYPE_NAMES[dtype],
@@ -191,8 +188,7 @@ def run(
     rows: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None = None,
     *,
-    group_size: int = 0,
-    last_group: int = 0,
+    group_words: int = 0,
     programmatic: bool = False,
     debug: bool = False,
 ) -> None:
@@ -202,12 +198,11 @@ def run(
     tokens   scale fp32, zero point int32, sum of codes int32 [8 MT]
     weight   int32 [NR, KB, planes, 32, 4]
     rows     scale fp32, zero point int32, centered sum int32 [NR 16];
-             if grouped scale fp32, zero point uint8 [groups, NR 16], the third is not read
+             if grouped scale fp32, zero point uint8, centered sum int32 [groups, NR 16]
     """
     planes, k_blocks = weight.shape[2], weight.shape[1]
-    config = constants(tile, planes, y.dtype, group_size=group_size, programmatic=programmatic, debug=debug)
-    groups = rows[0].shape[0] if group_size else 0
-    more = groups, last_group
+    config = constants(tile, planes, y.dtype, group_words=group_words, programmatic=programmatic, debug=debug)
+    more = (len(rows[0]) if group_words else 0,)
     _launch("gemm_wgmma", config, tile, y, x, x.shape[1], tokens, weight, rows, bias, k_blocks, planes, None, more)
 
 
@@ -250,8 +245,7 @@ def _launch(
     needed = -(-m // tile.tokens) * tile.tokens
     if token_tiles * 8 < needed:
         raise AbqError(f"x is padded to {token_tiles * 8} tokens; tiles of {tile.tokens} need {needed}")
-    blocks = min(tile.count(m, n), tile.resident * gpu(y.get_device()).sms)
-    grid = -(-blocks // tile.cluster) * tile.cluster, 1, 1
+    grid = min(tile.count(m, n), tile.resident * gpu(y.get_device()).sms), 1, 1
     kernel = jit.load(stem, stem, config, y.device)
     args = [weight, x, *rows, *tokens, bias, y, m, n, k_blocks, token_tiles, *more]
     shared = shared_bytes(tile, planes, x_planes)

@@ -51,7 +51,6 @@ def constants(tile: Tile, problem: Problem, dtype: torch.dtype) -> dict[str, boo
         "resident": tile.resident,
         "unit": tile.unit,
         "turns": tile.turns,
-        "cluster": tile.cluster,
         "ablate": tile.ablate,
         "grouped": problem.group_size > 0,
         "group_words": problem.group_words or tile.unit,
@@ -81,12 +80,11 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
     """x [M, K] fp16 or bf16, contiguous, weight of `layout.prepare` -> [M, N] in the dtype of x. bias fp32 [N]."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise AbqError(f"gemm_wgmma_f16 is for 16-bit floats, not {x.dtype}")
-    planes, scale, zero, *_ = weight
+    planes, scale, zero, _, group_total, _ = weight
     tiles = x_tiles(x, problem, tile.tokens)
     y = x.new_empty(problem.m, problem.n)
     kernel = jit.load("gemm_wgmma_f16", "gemm_wgmma_f16", constants(tile, problem, x.dtype), x.device)
-    blocks = min(tile.count(problem.m, problem.n), tile.resident * gpu(x.get_device()).sms)
-    grid = -(-blocks // tile.cluster) * tile.cluster, 1, 1
-    args = [planes, tiles, scale, zero, bias, y, *y.shape, problem.k_blocks, tiles.shape[1], problem.groups]
+    grid = min(tile.count(problem.m, problem.n), tile.resident * gpu(x.get_device()).sms), 1, 1
+    args = [planes, tiles, scale, zero, group_total, bias, y, *y.shape, problem.k_blocks, tiles.shape[1], problem.groups]
     launch.launch(kernel, grid, (tile.threads, 1, 1), args, shared_bytes(tile, problem.planes), programmatic=True)
     return y

@@ -257,9 +257,7 @@ def _kernel(candidate: Plan, problem: Problem, dtype: torch.dtype, gpu: Gpu) -> 
             tile, problem.planes, dtype, words, zero_point=grouped, programmatic=True, shared_limit=gpu.shared_limit
         )
     assert isinstance(tile, gemm_wgmma.Tile)
-    constants = gemm_wgmma.constants(
-        tile, problem.planes, dtype, group_size=problem.group_size, programmatic=True
-    )
+    constants = gemm_wgmma.constants(tile, problem.planes, dtype, group_words=words, programmatic=True)
     if candidate.path == "wgmma_b1":
         return "gemm_wgmma_b1", {**constants, "x_planes": problem.bits}
     return "gemm_wgmma", constants
