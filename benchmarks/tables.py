@@ -45,43 +45,6 @@ def ablation(record: dict) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def comparison(rows: list[dict], schemes: tuple[str, ...]) -> str:
-    """Of the rows "over_seeds" of `abq compare`: one line a scheme and method, the unquantized model first."""
-    texts = list(rows[0]["perplexity"])
-    lines = ["| scheme | method | bits/weight | " + " | ".join(f"{text} | KL | top-1" for text in texts)]
-    lines[0] += " | seconds | peak memory |"
-    lines.append("|---|---|---|" + "---|---|---|" * len(texts) + "---|---|")
-    for row in [row for scheme in ("W16A16", *schemes) for row in rows if row["scheme"] == scheme]:
-        cells = [row["scheme"], row["method"], f"{row['bits_per_weight']['mean']:.2f}"]
-        cells += [_mean_std(row[key][text]) for text in texts for key in ("perplexity", "kl", "top1_agreement")]
-        seconds, peak = row["seconds"], row["peak_memory_bytes"]
-        cells.append(f"{seconds['mean']:,.0f}" if seconds else "")
-        cells.append(f"{peak['mean'] / 1e6:,.0f} MB" if peak else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def zero_shot(rows: list[dict]) -> str:
-    """Of the same rows: acc_norm by task, or acc where there is no other, and their mean, in percent."""
-    tasks = list(rows[0]["tasks"])
-    lines = ["| scheme | method | " + " | ".join(tasks) + " | mean |", "|---|---|" + "---|" * (len(tasks) + 1)]
-    for row in rows:
-        scores = [row["tasks"][task]["acc_norm"] or row["tasks"][task]["acc"] for task in tasks]
-        cells = [_mean_std(score, percent=True) for score in (*scores, row["accuracy"])]
-        lines.append("| " + " | ".join([row["scheme"], row["method"], *cells]) + " |")
-    return "\n".join(lines)
-
-
-def _mean_std(spread: dict | None, percent: bool = False) -> str:
-    """ "12.3 ± 0.4"; of one seed "12.3"; nothing for what could not be measured."""
-    if spread is None:
-        return ""
-    mean, std = spread["mean"], spread["std"]
-    if percent:
-        return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-    return _short(mean) + ("" if std is None else f" ± {std:.2g}")
-
-
 def integer(record: dict) -> None:
     """One line a mode: what `integer_only.py` measured, from fp32 and from the normal mode of the checkpoint."""
     print("| checkpoint | mode | perplexity | KL from fp32 | KL from normal | top-1 as normal |")

@@ -2,7 +2,7 @@
 
 A product is timed as a model runs it, activations fp16 on the device and their quantization included, on a weight that
 is not in the cache: copies of the weight take turns. On a GPU all turns are one CUDA graph; the time of a product is
-the time of a replay over the number of copies, the median of several replays.
+the time of a replay over the number of products in it, the median of several replays.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from abq_llm.scheme import Scheme
 CACHES = 4  # the copies of a weight are together this many times larger than the L2,
 COLD_BYTES = 120 * 2**20  # but not smaller than this,
 MEMORY_BYTES = 2 * 2**30  # and not larger than this, unless two copies are
+GRAPH_CALLS = 48  # products in a graph, at least, so that its start weighs little
 COPIES = 512  # of a weight so small that they never get cold
 REPLAYS, REPLAY_SECONDS, DISCARDED = (5, 50), 0.1, 3  # (fewest, most), budget, before the clock counts
 CALLS, CALL_SECONDS = (3, 50), 1.0  # without a graph
@@ -207,7 +208,8 @@ def cold_copies(weight_bytes: int, device: torch.device) -> int:
 
 
 def _time_graph(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Seconds of a call, from each replay of one CUDA graph of all calls."""
+    """Seconds of a call, from each replay of one CUDA graph of all calls, again and again."""
+    turns = calls * -(-GRAPH_CALLS // len(calls))
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         torch.cuda.synchronize()  # the weights are in place: a kernel may read them ahead of its predecessor's end
@@ -217,7 +219,7 @@ def _time_graph(calls: list[Callable[[], object]], device: torch.device) -> list
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
-            for call in calls:
+            for call in turns:
                 call()
         graph.replay()
         torch.cuda.synchronize()
@@ -233,7 +235,7 @@ def _time_graph(calls: list[Callable[[], object]], device: torch.device) -> list
             event.record()
         torch.cuda.synchronize()
     pairs = itertools.pairwise(events[DISCARDED:])
-    return [begin.elapsed_time(end) / 1e3 / len(calls) for begin, end in pairs]
+    return [begin.elapsed_time(end) / 1e3 / len(turns) for begin, end in pairs]
 
 
 def _time_calls(calls: list[Callable[[], object]], device: torch.device) -> list[float]:

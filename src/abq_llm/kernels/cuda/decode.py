@@ -15,6 +15,8 @@ from abq_llm.kernels.cuda.problem import BLOCK, Problem
 
 WHOLE_ROW = 2**20  # group_words where there are no groups
 FUSED_TOKENS = 4  # up to which every block may quantize x anew
+FUSED_BLOCKS = 96  # k-blocks of all tokens, up to which it is worth it
+LONG_ROW = 32  # k-blocks of x from which one block an SM is better than two that quantize it
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 STATIC_LIMIT = 32 * 1024  # bytes of shared memory for sums; with what a fused token needs, a kernel may have 48 KiB
 WINDOW_BYTES = 32 * 1024  # of an SM, under way before x is here: more delays the end of the kernel before, less wastes bandwidth
@@ -149,12 +151,13 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
     tiles = candidates(problem, sms, shared_limit)
 
     def preference(tile: Tile) -> tuple[float, ...]:
-        twice = 2 * tile.blocks_per_sm  # leaves room for the next kernel's blocks
-        leaves_room = resident(tile, problem) == twice and twice * _shared(tile, problem) <= shared_limit
-        all_stages = tile.rounds(problem, sms) * tile.x_blocks(problem)
-        under_way = tile.blocks_per_sm * tile.warps * min(tile.stages, all_stages)
+        steps = tile.rounds(problem, sms) * tile.x_blocks(problem)
+        queued = tile.blocks_per_sm * tile.warps * min(tile.stages, steps)  # k-blocks
+        # Two blocks begin and end at different times; but each of them quantizes all of x
+        two = tile.blocks_per_sm == (1 if tile.fused and problem.k_blocks > LONG_ROW else 2)
         idle = tile.x_blocks(problem) * tile.warps / problem.k_blocks
-        return tile.fused, under_way, leaves_room, -tile.blocks_per_sm, -idle, tile.warps, -tile.stages, not tile.early
+        fused = tile.fused == (problem.m * problem.k_blocks <= FUSED_BLOCKS)
+        return fused, queued, two, -idle, tile.warps == 8, tile.warps, -tile.stages, not tile.early
 
     return max(tiles, key=preference) if tiles else None
 

@@ -49,11 +49,12 @@ def shared_bytes(tile: Tile, planes: int, group_words: int = 0, zero_point: bool
 
     group_words: columns of a group / 32, 0 for a scale per channel.
     """
-    slots = 0
+    slots = x_zeros = 0
     if group_words:  # groups that meet a block of 8 words, which begins at most so far into one
         slots = 1 + (group_words - math.gcd(group_words, 8) + 7) // group_words
+        x_zeros = 1
     zeros = slots if zero_point else 0
-    stage = 256 * tile.tokens + 32 * planes * tile.rows + (8 * slots + zeros) * tile.rows + 4 * zeros * tile.tokens
+    stage = 256 * tile.tokens + 32 * planes * tile.rows + (8 * slots + zeros) * tile.rows + 4 * (zeros + x_zeros) * tile.tokens
     sums = 4 * tile.warps_k * tile.tokens * (tile.rows + 4)
     return max(tile.warps_k * tile.stages * stage, sums) + 16 * tile.rows + 12 * tile.tokens
 

@@ -14,6 +14,7 @@ from abq_llm.kernels.cuda.problem import Problem
 Tile = decode.Tile | gemm_mma.Tile | gemm_wgmma.Tile
 
 DECODE_COLUMNS = 32  # of the binary product, up to which it beats the int8 product, whose activations are more compact
+DECODE_COLUMNS_GROUPED = 16  # the same for groups of 128 columns and more; shorter ones take too many binary products
 DECODE_TOKENS_16 = 32  # of 16-bit activations, up to which it beats a dequantized weight
 WGMMA_TOKENS = 65  # from which the warpgroup product is worth its larger blocks
 
@@ -33,7 +34,10 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
     if problem.bits == 16 and problem.m > DECODE_TOKENS_16:
         return Plan("dequantize")
     nine_planes = problem.planes > 8  # W8*: its codes are no bytes
-    if nine_planes or problem.bits == 16 or (gpu.has_binary and columns <= DECODE_COLUMNS and not problem.group_size):
+    few_columns = DECODE_COLUMNS
+    if problem.group_size:
+        few_columns = DECODE_COLUMNS_GROUPED if problem.group_words >= 4 else 0
+    if nine_planes or problem.bits == 16 or (gpu.has_binary and columns <= few_columns):
         if decode_tile := decode.choose(problem, gpu.sms, gpu.shared_limit):
             return Plan("decode", decode_tile)
         if nine_planes and problem.bits < 16:

@@ -57,6 +57,21 @@ template <class C> struct DecodeShape {
     static_assert(C::shared_bytes == C::stages * stage_bytes, "the host must ask for as much shared memory");
 };
 
+// Sums over `lanes` neighbours, of which lane t keeps those of value[t], value[t + lanes], ... as value[0], value[1], ...
+// Two values in four lanes: lanes t and t + 2 keep the same.
+template <int lanes, class Sum, int n> __device__ inline void sum_over_lanes(Sum (&value)[n], int lane) {
+#pragma unroll
+    for (int distance = 1; distance < lanes; distance *= 2) {
+        const bool odd = lane & distance;
+        if (n < 2 * distance) value[0] += __shfl_xor_sync(~0u, value[0], distance);
+#pragma unroll
+        for (int i = 0; i < n / (2 * distance); i++) {
+            const Sum sent = odd ? value[2 * i] : value[2 * i + 1];
+            value[i] = (odd ? value[2 * i + 1] : value[2 * i]) + __shfl_xor_sync(~0u, sent, distance);
+        }
+    }
+}
+
 template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C::resident) decode(
     const uint4* weight, const void* x, const float* w_scale, const void* w_zero, const void* w_sum, const float* x_scale,
     const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N, int K, int k_blocks, int x_tiles,
@@ -354,33 +369,29 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
                 if (stage == 0) filled ^= 1;
             }
 
-            // The columns of a token together: in a lane, over the lanes of a quad, and over the two tiles of 16 bits
+            // The columns of a token together: over the two tiles of 16 bits, then over the lanes
+            constexpr int lanes = C::columns >= 8 ? 4 : C::columns / 2, tiles_of_token = C::columns == 16 ? 2 : 1;
+            constexpr int values = 2 * C::tiles / tiles_of_token;
+            Sum value[values] = {};
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                Sum value[C::tiles];
+            for (int n = 0; n < C::tiles; n++)
 #pragma unroll
-                for (int n = 0; n < C::tiles; n++) {
+                for (int half = 0; half < 2; half++) {
                     if constexpr (by_plane)
 #pragma unroll
                         for (int p = 0; p < C::planes; p++)
                             sums[n][half] += (plane_sums[n][p][2 * half] + 2 * plane_sums[n][p][2 * half + 1]) << p;
-                    value[n] = sums[n][half] * Sum(1 << (2 * t % C::columns + (C::columns == 16 ? n % 2 * 8 : 0)));
-                    if constexpr (C::columns >= 4) value[n] += __shfl_xor_sync(~0u, value[n], 1);
-                    if constexpr (C::columns >= 8) value[n] += __shfl_xor_sync(~0u, value[n], 2);
+                    const int weight_of_column = 1 << (2 * t % C::columns + n % tiles_of_token * 8);
+                    value[n / tiles_of_token * 2 + half] += sums[n][half] * Sum(weight_of_column);
                 }
-                const int row = 8 * half + g;
-                if constexpr (C::columns == 16) {
+            sum_over_lanes<lanes>(value, t);
 #pragma unroll
-                    for (int n = 0; n < C::tiles; n += 2)
-                        if (t == 0) partial[parity][r][warp][n / 2][row] = value[n] + value[n + 1];
-                } else {
-                    constexpr int lanes = C::columns / 2;  // that share a token
-#pragma unroll
-                    for (int n = 0; n < C::tiles; n++)
-                        if (t % lanes == 0) partial[parity][r][warp][(8 / C::columns) * n + t / lanes][row] = value[n];
-                }
+            for (int j = 0; j < ceil_div(values, lanes); j++) {
+                const int i = lanes * j + t % lanes, token = i / 2 * (C::columns < 8 ? 8 / C::columns : 1) + t / lanes;
+                if (values >= lanes || t < values) partial[parity][r][warp][token][i % 2 * 8 + g] = value[j];
             }
         }
+
         sync_block();
 
 #pragma unroll 1

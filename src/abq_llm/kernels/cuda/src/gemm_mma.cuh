@@ -102,7 +102,8 @@ template <class C> struct GemmMma {
     static constexpr int scale_offset = weight_offset + 512 * C::planes * block_row_tiles;         // float [group][row]
     static constexpr int total_offset = scale_offset + 4 * group_slots * rows;                     // int [group][row]
     static constexpr int group_sum_offset = total_offset + 4 * group_slots * rows;                 // int [group][token]
-    static constexpr int zero_offset = group_sum_offset + 4 * zero_slots * C::tokens;              // u8 [group][row]
+    static constexpr int x_zero_offset = group_sum_offset + 4 * zero_slots * C::tokens;            // int [token]
+    static constexpr int zero_offset = x_zero_offset + (C::grouped ? 4 * C::tokens : 0);           // u8 [group][row]
     static constexpr int stage_bytes = zero_offset + zero_slots * rows;
     static constexpr int sum_pitch = rows + 4;  // four lanes two tokens apart, eight lanes a row apart: 32 banks
     static constexpr int queue_bytes = larger(C::warps_k * C::stages * stage_bytes, C::warps_k * C::tokens * sum_pitch * 4);
@@ -121,12 +122,13 @@ __device__ inline float float_below_2_23(unsigned value) { return __uint_as_floa
 template <class C>
 __device__ inline void add_group(
     float (&y)[C::row_tiles][C::tokens / 8][4], int (&sum)[C::row_tiles][C::tokens / 8][4], const unsigned char* stage,
-    const float* minus_x_zeros, int slot, int row, int token) {
+    int slot, int row, int token) {
     using G = GemmMma<C>;
     const float* scales = reinterpret_cast<const float*>(stage + G::scale_offset) + slot * G::rows + row;
     const int* totals = reinterpret_cast<const int*>(stage + G::total_offset) + slot * G::rows + row;
     const unsigned char* zeros = stage + G::zero_offset + slot * G::rows + row;
     const int* group_sums = reinterpret_cast<const int*>(stage + G::group_sum_offset) + slot * C::tokens + token;
+    const int* x_zeros = reinterpret_cast<const int*>(stage + G::x_zero_offset) + token;
     float scale[C::row_tiles][2];
     int total[C::row_tiles][2], zero[C::row_tiles][2] = {};
 #pragma unroll
@@ -139,24 +141,23 @@ __device__ inline void add_group(
         }
 #pragma unroll
     for (int n = 0; n < C::tokens / 8; n++) {
-        const float2 minus_x_zero = *reinterpret_cast<const float2*>(minus_x_zeros + token + 8 * n);
+        const int2 x_zero = *reinterpret_cast<const int2*>(x_zeros + 8 * n);
         int2 group_sum = make_int2(0, 0);
         if constexpr (C::has_zero_point) group_sum = *reinterpret_cast<const int2*>(group_sums + 8 * n);
 #pragma unroll
         for (int r = 0; r < C::row_tiles; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float minus_z = i % 2 ? minus_x_zero.y : minus_x_zero.x;
-                const int s = i % 2 ? group_sum.y : group_sum.x;
+                const int z = i % 2 ? x_zero.y : x_zero.x, s = i % 2 ? group_sum.y : group_sum.x;
                 float term;
                 if constexpr (G::sums_in_mantissa) {  // 2^23 + integers below 2^23: exact, until the last rounds once
                     float value = __int_as_float(sum[r][n][i]);
                     if constexpr (C::has_zero_point)
                         value = __fmaf_rn(-float_below_2_23(zero[r][i / 2]), float_below_2_23(s), value);
-                    value = __fmaf_rn(minus_z, float(total[r][i / 2]), value);
+                    value = __fmaf_rn(-float_below_2_23(z), float(total[r][i / 2]), value);
                     term = __fmaf_rn(value, scale[r][i / 2], -8388608.0f * scale[r][i / 2]);
                 } else {
-                    const int value = sum[r][n][i] - zero[r][i / 2] * s + int(minus_z) * total[r][i / 2];
+                    const int value = sum[r][n][i] - zero[r][i / 2] * s - z * total[r][i / 2];
                     term = __fmul_rn(float(value), scale[r][i / 2]);
                 }
                 y[r][n][i] = __fadd_rn(y[r][n][i], term);
@@ -169,7 +170,7 @@ __device__ inline void add_group(
 template <class C>
 __device__ inline void multiply_block(
     int (&sum)[C::row_tiles][C::tokens / 8][4], float (&total)[C::row_tiles][C::tokens / 8][4], const unsigned char* stage,
-    const float* minus_x_zeros, int warp_row, int lane, int kb, bool last) {
+    int warp_row, int lane, int kb, bool last) {
     using G = GemmMma<C>;
     constexpr int words = power_of_two_above(C::planes);
     unsigned word[C::row_tiles][4][words];
@@ -213,7 +214,7 @@ __device__ inline void multiply_block(
         if constexpr (C::grouped)
             if ((step + 1) % G::ends_apart == 0 &&
                 (G::groups_fit_blocks || (group_offset + step + 1) % C::group_words == 0 || (step == 7 && last)))
-                add_group<C>(total, sum, stage, minus_x_zeros, (group_offset + step) / C::group_words, first_row, first_token);
+                add_group<C>(total, sum, stage, (group_offset + step) / C::group_words, first_row, first_token);
     }
 }
 
@@ -307,6 +308,12 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
                 copy_async_16(target + (c * C::tokens + i * G::slice_threads) * 16, token_source + piece_offset[i]);
             token_source += chunks_at_once * chunk_bytes;
         }
+        if constexpr (C::grouped) {
+            if (slice_thread < C::tokens / 4) {
+                const int token = first_token + slice_thread * 4;
+                copy_async_16_or_zero(stage + G::x_zero_offset + 16 * slice_thread, x_zero + token, token < column_tokens);
+            }
+        }
         if constexpr (G::zero_slots > 0) {
 #pragma unroll
             for (int four = slice_thread; four < G::zero_slots * C::tokens / 4; four += G::slice_threads) {
@@ -345,12 +352,6 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
         if (kb_begin + stage < kb_end) load_tokens(kb_begin + stage, queue + stage * G::stage_bytes);
         copy_async_commit();
     }
-    float* minus_x_zeros = reinterpret_cast<float*>(token_zero);  // if grouped: of all slices, and before the end
-    if constexpr (C::grouped) {
-        for (int token = thread; token < C::tokens; token += G::threads)
-            minus_x_zeros[token] = -float(x_zero[smaller(first_token + token, M - 1)]);
-        __syncthreads();
-    }
 
     int sum[C::row_tiles][G::token_tiles][4];
     float total[C::row_tiles][G::token_tiles][4] = {};
@@ -371,7 +372,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
             load_tokens(next, free_stage);
         }
         copy_async_commit();
-        multiply_block<C>(sum, total, queue + stage * G::stage_bytes, minus_x_zeros, warp_row, lane, kb, kb == KB - 1);
+        multiply_block<C>(sum, total, queue + stage * G::stage_bytes, warp_row, lane, kb, kb == KB - 1);
         stage = stage == C::stages - 1 ? 0 : stage + 1;
     }
 
