@@ -1,8 +1,7 @@
 // y[M, N] = x[M, K] w[N, K]^T on Hopper's warpgroup int8 products, for prefill: weights as bit-planes, 8-bit activations.
 //
 // y^T = w x^T: w is the operand in registers, so that its planes become bytes there and nowhere else (int8.cuh); x comes from
-// shared memory as the quantizer wrote it. A product of a warpgroup runs while the next step's bytes are made; the other
-// warpgroups fill what gaps are left.
+// shared memory as the quantizer wrote it. While the products of one warpgroup run, another makes its next bytes.
 #pragma once
 #include "wgmma_weights.cuh"
 
@@ -37,7 +36,9 @@ template <class C> struct GroupSums : GroupRows<C> {
             for (int j = 0; j < C::tokens / 8; ++j) {
                 const int2 z = load_shared_2(x_zeros + j * 32);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) acc[4 * j + i] = (C::ablate & 16 ? 0x4B400000 : 1 << 23) - this->totals[i / 2] * (i % 2 ? z.y : z.x);
+                for (int i = 0; i < 4; ++i) {
+                    acc[4 * j + i] = (1 << 23) - this->totals[i / 2] * (i % 2 ? z.y : z.x);
+                }
             }
         }
         this->word += steps;
@@ -53,8 +54,8 @@ template <class C> struct GroupSums : GroupRows<C> {
     }
     // At the end of a group
     __device__ __forceinline__ void add(const int (&acc)[C::tokens / 2]) {
-        const float up[2] = {C::ablate & 16 ? this->scales[0] : this->scales[0] * scale_up, C::ablate & 16 ? this->scales[1] : this->scales[1] * scale_up};
-        const float down[2] = {-this->scales[0] * (C::ablate & 16 ? 12582912.f : scale_down), -this->scales[1] * (C::ablate & 16 ? 12582912.f : scale_down)};
+        const float up[2] = {this->scales[0] * scale_up, this->scales[1] * scale_up};
+        const float down[2] = {-this->scales[0] * scale_down, -this->scales[1] * scale_down};
 #pragma unroll
         for (int i = 0; i < C::tokens / 2; ++i) {
             const int e = i / 2 % 2;
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
 #pragma unroll
                         for (int i = 0; i < unit; ++i) {
 #pragma unroll
-                            for (int r = 0; r < 4; ++r) a[slab][i][r] = C::ablate & 4 ? planes.words[slab][r][0] + first + i : codes_of_step(planes.words[slab][r], first + i);
+                            for (int r = 0; r < 4; ++r) a[slab][i][r] = codes_of_step(planes.words[slab][r], first + i);
                         }
                     }
                     if constexpr (C::grouped) sums.prepare(a[0], acc[0], first, token_data + C::tokens * 4);
@@ -148,9 +149,8 @@ __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
                             }
                         }
                         accumulate = 1;
-                        if (i == unit - 2 || i == unit - 1) wgmma_commit();
                     }
-                    if (C::turns >= 2) wgmma_wait<(C::turns == 2 && unit > 1) ? 1 : 0>();
+                    wgmma_commit();
                     turns.pass();
                     wgmma_wait<0>();
 #pragma unroll
@@ -170,11 +170,6 @@ __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
 
             if constexpr (!C::grouped) barrier_wait<C::debug>(shared.tokens_full(buffer.index), buffer.parity);
             const unsigned out = shared.out();
-            if (C::ablate & 8) {
-                int all = 0;
-                for (int i = 0; i < C::tokens / 2; ++i) all ^= acc[0][i];
-                if (all == 0x12345678) y[0] = from_float<T>(1);
-            } else
             if constexpr (C::grouped) {
                 float biases[2];
 #pragma unroll

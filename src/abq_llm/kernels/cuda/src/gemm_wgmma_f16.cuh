@@ -138,9 +138,8 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
 #pragma unroll
                         for (int slab = 0; slab < C::slabs; ++slab) Pairs<T>::product(acc[slab], a[slab][i], b, accumulate);
                         accumulate = 1;
-                        if (i >= 2 * unit - 2) wgmma_commit();
                     }
-                    if (C::turns >= 2) wgmma_wait<(C::turns == 2) ? 1 : 0>();
+                    wgmma_commit();
                     turns.pass();
                     wgmma_wait<0>();
 #pragma unroll

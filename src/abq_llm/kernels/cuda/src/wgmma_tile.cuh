@@ -108,7 +108,7 @@ template <class C, class Shape> struct Shared {
 // Warpgroups take turns to start their products, in a ring, so that one makes its next operands while another multiplies;
 // left to themselves, they would all do the same at the same time. The named barrier of a warpgroup brings it its turn.
 template <class C> struct Turns {
-    static constexpr bool any = C::turns && C::consumers > 1;
+    static constexpr bool any = C::consumers > 1 && C::tokens > 64;  // fewer are multiplied before a turn is passed
     const int mine = threadIdx.x / 128;
 
     __device__ void begin() const {
@@ -144,9 +144,9 @@ __device__ inline void produce_x(const Shared<C, Shape>& shared, Place<C::stages
     for (int stage = 0; stage < KB * Shape::stages_per_block; ++stage) {
         const unsigned full = shared.x_full(place.index);
         barrier_wait<C::debug>(shared.x_empty(place.index), place.parity ^ 1);
-        if (lane == 0) barrier_arrive_expecting(full, C::ablate & 1 ? 0 : Shape::stage_bytes);
+        if (lane == 0) barrier_arrive_expecting(full, Shape::stage_bytes);
         __syncwarp();
-        if (lane < Shape::chunks_per_stage && !(C::ablate & 1)) {
+        if (lane < Shape::chunks_per_stage) {
             bulk_copy(shared.x(place.index) + lane * Shape::chunk_bytes, x + lane * chunk_stride, Shape::chunk_bytes,
                       full);
         }
@@ -164,9 +164,9 @@ __device__ inline void produce_weights(const Shared<C, Shape>& shared, Place<C::
     for (int kb = 0; kb < KB; ++kb) {
         const unsigned full = shared.weight_full(place.index);
         barrier_wait<C::debug>(shared.weight_empty(place.index), place.parity ^ 1);
-        if (lane == 0) barrier_arrive_expecting(full, C::ablate & 2 ? 0 : Shape::slot_bytes);
+        if (lane == 0) barrier_arrive_expecting(full, Shape::slot_bytes);
         __syncwarp();
-        if (lane < Shape::row_tiles && !(C::ablate & 2)) {
+        if (lane < Shape::row_tiles) {
             bulk_copy(shared.weight(place.index) + lane * Shape::tile_bytes, from, Shape::tile_bytes, full);
         }
         from += C::planes * 32;
