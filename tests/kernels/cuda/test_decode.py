@@ -3,7 +3,7 @@
 import pytest
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, plan
+from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, gemm_wgmma_f16, plan
 from abq_llm.kernels.cuda.activations import columns_per_token
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
@@ -142,7 +142,11 @@ def test_registers_grow_with_what_is_kept_in_them():
         (2048, "W2A2g128", {90: "wgmma"}),  # the binary product has no groups
         (1, "W4A16", dict.fromkeys(GPUS, "decode")),
         (8, "W4A16g64", dict.fromkeys(GPUS, "decode")),
-        (64, "W4A16", dict.fromkeys(GPUS, "dequantize")),
+        (64, "W4A16", {80: "dequantize", 90: "wgmma_f16", 120: "dequantize"}),
+        (2048, "W4A16", dict.fromkeys(GPUS, "dequantize")),
+        (2048, "W4A8g32", {80: "mma", 90: "mma"}),  # a group a step
+        (2048, "W8A8g128", {90: "mma"}),  # centered codes of eight bits are no signed bytes
+        (2048, "W7A8g512", {90: "mma"}),  # sums beyond what a float holds exactly
         (2048, "W8*A16g128", dict.fromkeys(GPUS, "dequantize")),
         (1, "W8*A8", dict.fromkeys(GPUS, "decode")),  # nine planes fit no byte
         (64, "W8*A8", dict.fromkeys(GPUS, "decode")),
@@ -160,7 +164,8 @@ def test_path(m, scheme, path):
         (plan.DECODE_COLUMNS // 8, "W2A8", "decode", "mma"),
         (plan.DECODE_COLUMNS // 4, "W2A3", "decode", "mma"),
         (plan.DECODE_COLUMNS // 2, "W2A2", "decode", "mma"),  # four tokens a tile
-        (plan.DECODE_TOKENS_16, "W4A16", "decode", "dequantize"),
+        (plan.DECODE_TOKENS_16, "W4A16", "decode", "wgmma_f16"),
+        (plan.WGMMA_F16_TOKENS, "W4A16g128", "wgmma_f16", "dequantize"),
         (plan.WGMMA_TOKENS - 1, "W4A8", "mma", "wgmma"),
         (plan.WGMMA_TOKENS - 1, "W4A8g128", "mma", "wgmma"),
     ],
@@ -195,12 +200,15 @@ def check_plan(found, shape, gpu):
         assert isinstance(tile, gemm_mma.Tile) and planes <= 8 and shape.bits <= 8
         assert gemm_mma.shared_bytes(tile, planes, shape.group_words, grouped) <= gpu.shared_limit
         assert tile.threads <= 1024 and tile.split_k * tile.warps_k <= shape.k_blocks
+    elif found.path == "wgmma_f16":
+        assert isinstance(tile, gemm_wgmma.Tile) and gpu.has_wgmma and planes < 8 and shape.bits == 16
+        assert gemm_wgmma_f16.shared_bytes(tile, planes) <= gpu.shared_limit
     else:
         assert isinstance(tile, gemm_wgmma.Tile) and gpu.has_wgmma and planes <= 8 and shape.bits <= 8
         binary = found.path == "wgmma_b1"
         assert found.path == "wgmma" or (binary and not grouped)
         assert gemm_wgmma.shared_bytes(tile, planes, shape.bits if binary else None) <= gpu.shared_limit
-        assert tile.tokens <= (gemm_wgmma.GROUPED_TOKENS if grouped else 256)
+        assert not grouped or (tile.tokens <= 176 and gemm_wgmma.takes_groups(planes, shape.group_size))
 
 
 @pytest.mark.parametrize("capability", GPUS)
@@ -224,5 +232,5 @@ def test_candidates_can_run(capability, scheme):
             assert plan.choose(shape, gpu) in found, name(shape)  # what is not tuned can be found by tuning
             assert any(candidate.path == "dequantize" for candidate in found) == (shape.bits == 16)
             assert any(candidate.path.startswith("wgmma") for candidate in found) == (
-                gpu.has_wgmma and m > 8 and shape.bits < 16 and shape.planes <= 8
+                gpu.has_wgmma and m > 8 and shape.planes <= 8
             )

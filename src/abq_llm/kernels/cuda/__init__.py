@@ -99,7 +99,7 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     else:
         codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
         gemm_wgmma.run(
-            tile, y, codes, token[1:], planes, (scale, zero, total), bias,
-            group_size=problem.group_size, last_group=problem.last_group, programmatic=True,
+            tile, y, codes, token[1:], planes, (scale, zero, group_total if grouped else total), bias,
+            group_words=problem.group_words, programmatic=True,
         )  # fmt: skip
     return y

@@ -13,10 +13,11 @@ from torch import Tensor
 from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES, aligned
-from abq_llm.kernels.cuda.gemm_wgmma import SHARED_LIMIT, SHARED_RESERVED, Tile
+from abq_llm.kernels.cuda.gemm_wgmma import SHARED_LIMIT, Tile, cycles, token_counts
 from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.problem import Problem
 
+UNIT = 2  # steps of 32 columns whose products start together, unless a group ends before
 
 def shared_bytes(tile: Tile, planes: int) -> int:
     """The block's shared memory, laid out in `wgmma_tile.cuh`."""
@@ -27,14 +28,36 @@ def shared_bytes(tile: Tile, planes: int) -> int:
     return head + tile.stages * stage + tile.weight_slots * slot + out
 
 
-def filled(tile: Tile, planes: int) -> Tile | None:
+def takes(problem: Problem) -> bool:
+    """Whether centered codes are exact in bf16, too."""
+    return problem.planes < 8
+
+
+def candidates(problem: Problem) -> list[Tile]:
+    """Every tile worth timing."""
+    tiles = []
+    for tokens in token_counts(problem.m):
+        steps = 2 if tokens > 64 else 4
+        tiles += [Tile(tokens, consumers, stage_steps=steps) for consumers in (2, 3) if consumers * tokens <= 576]
+    return [filled for tile in tiles if (filled := _filled(tile, problem.planes))]
+
+
+def choose(problem: Problem, sms: int) -> Tile:
+    """The tile with the least estimate."""
+
+    def estimate(tile: Tile) -> float:
+        return cycles(tile, problem.m, problem.n, problem.k_blocks, problem.planes, sms, products=16)
+
+    return min(candidates(problem), key=estimate)
+
+
+def _filled(tile: Tile, planes: int) -> Tile | None:
     """`tile` with as many stages as fit, up to 8, or None if fewer than a k-block of x does."""
-    limit = min(SHARED_LIMIT, 228 * 1024 // tile.resident - SHARED_RESERVED)
     per_block = 8 // tile.stage_steps
     for stages in range(8, per_block - 1, -1):
         for slots in range(min(4, max(2, stages // per_block + 1)), 1, -1):
             found = replace(tile, stages=stages, weight_slots=slots)
-            if shared_bytes(found, planes) <= limit:
+            if shared_bytes(found, planes) <= SHARED_LIMIT:
                 return found
     return None
 
@@ -48,13 +71,10 @@ def constants(tile: Tile, problem: Problem, dtype: torch.dtype) -> dict[str, boo
         "stages": tile.stages,
         "stage_steps": tile.stage_steps,
         "weight_slots": tile.weight_slots,
-        "resident": tile.resident,
-        "unit": tile.unit,
-        "turns": tile.turns,
-        "cluster": tile.cluster,
-        "ablate": tile.ablate,
+        "resident": 1,
+        "unit": UNIT,
         "grouped": problem.group_size > 0,
-        "group_words": problem.group_words or tile.unit,
+        "group_words": problem.group_words or UNIT,
         "programmatic": True,
         "debug": False,
         "T": TYPE_NAMES[dtype],
@@ -81,12 +101,11 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
     """x [M, K] fp16 or bf16, contiguous, weight of `layout.prepare` -> [M, N] in the dtype of x. bias fp32 [N]."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise AbqError(f"gemm_wgmma_f16 is for 16-bit floats, not {x.dtype}")
-    planes, scale, zero, *_ = weight
+    planes, scale, zero, _, group_total, _ = weight
     tiles = x_tiles(x, problem, tile.tokens)
     y = x.new_empty(problem.m, problem.n)
     kernel = jit.load("gemm_wgmma_f16", "gemm_wgmma_f16", constants(tile, problem, x.dtype), x.device)
-    blocks = min(tile.count(problem.m, problem.n), tile.resident * gpu(x.get_device()).sms)
-    grid = -(-blocks // tile.cluster) * tile.cluster, 1, 1
-    args = [planes, tiles, scale, zero, bias, y, *y.shape, problem.k_blocks, tiles.shape[1], problem.groups]
+    grid = min(tile.count(problem.m, problem.n), gpu(x.get_device()).sms), 1, 1
+    args = [planes, tiles, scale, zero, group_total, bias, y, *y.shape, problem.k_blocks, tiles.shape[1], problem.groups]
     launch.launch(kernel, grid, (tile.threads, 1, 1), args, shared_bytes(tile, problem.planes), programmatic=True)
     return y

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma
+from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, gemm_wgmma_f16
 from abq_llm.kernels.cuda.activations import columns_per_token
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
@@ -16,12 +16,13 @@ Tile = decode.Tile | gemm_mma.Tile | gemm_wgmma.Tile
 DECODE_COLUMNS = 32  # of the binary product, up to which it beats the int8 product, whose activations are more compact
 DECODE_COLUMNS_GROUPED = 16  # the same for groups of 128 columns and more; shorter ones take too many binary products
 DECODE_TOKENS_16 = 32  # of 16-bit activations, up to which it beats a dequantized weight
+WGMMA_F16_TOKENS = 1024  # of 16-bit activations, up to which it beats a dequantized weight
 WGMMA_TOKENS = 65  # from which the warpgroup product is worth its larger blocks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`path`: decode, mma, wgmma, wgmma_b1, or dequantize (which has no tile)."""
+    """`path`: decode, mma, wgmma, wgmma_b1, wgmma_f16, or dequantize (which has no tile)."""
 
     path: str
     tile: Tile | None = None
@@ -32,7 +33,7 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
     """The plan for a shape that nobody has tuned."""
     columns = problem.m * columns_per_token(problem.bits)
     if problem.bits == 16 and problem.m > DECODE_TOKENS_16:
-        return Plan("dequantize")
+        return _many_tokens_16(problem, gpu)
     nine_planes = problem.planes > 8  # W8*: its codes are no bytes
     few_columns = DECODE_COLUMNS
     if problem.group_size:
@@ -45,14 +46,20 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
         if nine_planes and problem.bits < 16:
             raise AbqError(f"no CUDA kernel for nine bit-planes and K = {problem.k}; use the reference backend")
         if problem.bits == 16:
-            return Plan("dequantize")
+            return _many_tokens_16(problem, gpu)
     m, n, blocks, planes = problem.m, problem.n, problem.k_blocks, problem.planes
     if gpu.has_wgmma and m >= WGMMA_TOKENS and _wgmma_takes(problem):
         if not problem.group_size and planes * problem.bits < 8:
             return Plan("wgmma_b1", gemm_wgmma.choose_b1(m, n, blocks, planes, problem.bits, gpu.sms))
-        return Plan("wgmma", gemm_wgmma.choose(m, n, blocks, planes, gpu.sms, problem.group_size > 0))
+        return Plan("wgmma", gemm_wgmma.choose(m, n, blocks, planes, gpu.sms, problem.group_words))
     tile = gemm_mma.choose(m, n, blocks, planes, gpu.sms, problem.group_words, problem.group_size > 0, gpu.shared_limit)
     return Plan("mma", tile)
+
+
+def _many_tokens_16(problem: Problem, gpu: Gpu) -> Plan:
+    if gpu.has_wgmma and problem.m <= WGMMA_F16_TOKENS and gemm_wgmma_f16.takes(problem):
+        return Plan("wgmma_f16", gemm_wgmma_f16.choose(problem, gpu.sms))
+    return Plan("dequantize")
 
 
 def _wgmma_takes(problem: Problem) -> bool:
@@ -66,6 +73,8 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     if problem.planes > 8 or columns <= (16 * DECODE_TOKENS_16 if problem.bits == 16 else 4 * DECODE_COLUMNS):
         plans += [Plan("decode", tile) for tile in decode.candidates(problem, gpu.sms, gpu.shared_limit)]
     if problem.bits == 16:
+        if gpu.has_wgmma and problem.m > 8 and gemm_wgmma_f16.takes(problem):
+            plans += [Plan("wgmma_f16", tile) for tile in gemm_wgmma_f16.candidates(problem)]
         return [*plans, Plan("dequantize")]
     if problem.planes > 8:
         return plans
@@ -73,7 +82,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     words, limit = problem.group_words, gpu.shared_limit
     plans += [Plan("mma", tile) for tile in gemm_mma.candidates(m, n, blocks, planes, gpu.sms, words, grouped, limit)]
     if gpu.has_wgmma and m > 8 and _wgmma_takes(problem):
-        plans += [Plan("wgmma", tile) for tile in gemm_wgmma.candidates(m, planes, grouped)]
+        plans += [Plan("wgmma", tile) for tile in gemm_wgmma.candidates(m, planes, words)]
         if not grouped and planes * problem.bits < 8:
             plans += [Plan("wgmma_b1", tile) for tile in gemm_wgmma.candidates_b1(m, planes, problem.bits)]
     return plans

@@ -21,24 +21,6 @@ __device__ inline void barrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ inline void barrier_arrive_in(unsigned barrier, unsigned block) {  // in another block of the cluster
-    asm volatile(
-        "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(
-            barrier),
-        "r"(block)
-        : "memory");
-}
-
-// All threads of all blocks of the cluster
-__device__ inline void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive;\n barrier.cluster.wait;" ::: "memory");
-}
-__device__ inline unsigned cluster_rank() {
-    unsigned rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
 __device__ inline unsigned long long nanoseconds() {
     unsigned long long now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
@@ -78,14 +60,5 @@ __device__ inline void bulk_copy(unsigned shared, const void* global, unsigned b
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
         "l"(global), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-
-// To the same place in both blocks of a cluster; the barrier there counts the bytes.
-__device__ inline void bulk_copy_to_pair(unsigned shared, const void* global, unsigned bytes, unsigned barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-            "r"(shared),
-        "l"(global), "r"(bytes), "r"(barrier), "h"((unsigned short)3)
         : "memory");
 }

@@ -1,8 +1,7 @@
 // y[M, N] = x[M, K] w[N, K]^T on Hopper's warpgroup int8 products, for prefill: weights as bit-planes, 8-bit activations.
 //
 // y^T = w x^T: w is the operand in registers, so that its planes become bytes there and nowhere else (int8.cuh); x comes from
-// shared memory as the quantizer wrote it. A product of a warpgroup runs while the next step's bytes are made; the other
-// warpgroups fill what gaps are left.
+// shared memory as the quantizer wrote it. While the products of one warpgroup run, another makes its next bytes.
 #pragma once
 #include "wgmma_weights.cuh"
 
@@ -23,43 +22,33 @@ template <class C> struct GroupSums : GroupRows<C> {
     static constexpr float scale_up = 0x1p100f, scale_down = 0x1p-26f, total_up = 0x1p49f;
 
     float total[C::tokens / 2];
-    int last_columns;  // of the last group
 
-    __device__ GroupSums(const float* w_scale, const unsigned char* w_zero, int row, int rows, int groups, int last_columns)
-        : GroupRows<C>(w_scale, w_zero, row, rows, groups), last_columns(last_columns) {
+    __device__ GroupSums(const float* w_scale, const unsigned char* w_zero, const int* w_total, int row, int rows, int groups)
+        : GroupRows<C>(w_scale, w_zero, w_total, row, rows, groups) {
 #pragma unroll
         for (int i = 0; i < C::tokens / 2; ++i) total[i] = 0;
     }
-    // Codes become centered, and the accumulators what they start with. `x_zeros`: where the token zero points lie
+    // Codes become centered; where a group starts, the accumulators, too. `x_zeros`: where the tokens' zero points lie
     __device__ __forceinline__ void prepare(unsigned (&a)[steps][4], int (&acc)[C::tokens / 2], int step, unsigned x_zeros) {
-        const bool first = this->starts(step);
-        if (first) this->start();
-        // Columns of these steps that are no filling
-        int columns = this->group + 1 < this->groups ? C::group_size : this->group < this->groups ? last_columns : 0;
-        columns = min(max(columns - this->words(step) * 32, 0), 32 * steps);
+        if (this->boundary(step)) {
+            this->start();
+#pragma unroll
+            for (int j = 0; j < C::tokens / 8; ++j) {
+                const int2 z = load_shared_2(x_zeros + j * 32);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    acc[4 * j + i] = (1 << 23) - this->totals[i / 2] * (i % 2 ? z.y : z.x);
+                }
+            }
+        }
         this->word += steps;
-        int sums[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            unsigned sum = 0;
-#pragma unroll
-            for (int i = 0; i < steps; ++i) sum = add_bytes(a[i][e + 2], add_bytes(a[i][e], sum));
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            sums[e] = int(sum) - this->zeros[e] * columns;
             const unsigned minus = unsigned(this->zeros[e]) * 0x01010101u;
 #pragma unroll
             for (int i = 0; i < steps; ++i) {
                 a[i][e] = subtract_bytes(a[i][e], minus);
                 a[i][e + 2] = subtract_bytes(a[i][e + 2], minus);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < C::tokens / 8; ++j) {
-            const int2 z = load_shared_2(x_zeros + j * 32);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                acc[4 * j + i] = (first ? 1 << 23 : acc[4 * j + i]) - sums[i / 2] * (i % 2 ? z.y : z.x);
             }
         }
     }
@@ -75,23 +64,18 @@ template <class C> struct GroupSums : GroupRows<C> {
     }
     __device__ float result(int i, float x_scale) const { return __fmul_rn(total[i] * total_up, x_scale); }
 
-    static __device__ unsigned add_bytes(unsigned bytes, unsigned sum) {
-        unsigned result;
-        asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(bytes), "r"(0x01010101u), "r"(sum));
-        return result;
-    }
     // Byte by byte, both below 128
     static __device__ unsigned subtract_bytes(unsigned a, unsigned b) { return ((a | 0x80808080u) - b) ^ 0x80808080u; }
 };
 
 // blocks: at most as many as tiles of y, which they share. MT, the token tiles of 8 that x has, is a multiple of
-// tokens / 8. If grouped, w_scale and w_zero are [groups][...], and w_centered and x_sum are not read.
+// tokens / 8. If grouped, w_scale, w_zero and w_centered are [groups][...], and x_sum is not read.
 template <class C>
-__global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C>::threads, C::resident)
+__global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
     gemm_wgmma(const uint4* weight, const unsigned char* x, const float* w_scale,
                const typename Either<C::grouped, unsigned char, int>::type* w_zero, const int* w_centered,
                const float* x_scale, const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N,
-               int KB, int MT, int groups, int last_group) {
+               int KB, int MT, int groups) {
     using Shape = GemmShape<C>;
     using T = typename C::T;
     constexpr int unit = GroupRows<C>::steps;
@@ -118,7 +102,7 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C
             int acc[C::slabs][C::tokens / 2];
             int accumulate = C::grouped;
             // Row tiles past the last one repeat it
-            typename Either<C::grouped, GroupSums<C>, Nothing>::type sums(w_scale, w_zero, min(n, rows - 16 + lane / 4), rows, groups, last_group);
+            typename Either<C::grouped, GroupSums<C>, Nothing>::type sums(w_scale, w_zero, w_centered, min(n, rows - 16 + lane / 4), rows, groups);
             if constexpr (C::grouped) barrier_wait<C::debug>(shared.tokens_full(buffer.index), buffer.parity);
 
             for (int kb = 0; kb < KB; ++kb) {
@@ -137,7 +121,7 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C
 #pragma unroll
                         for (int i = 0; i < unit; ++i) {
 #pragma unroll
-                            for (int r = 0; r < 4; ++r) a[slab][i][r] = C::ablate & 4 ? planes.words[slab][r][0] + first + i : codes_of_step(planes.words[slab][r], first + i);
+                            for (int r = 0; r < 4; ++r) a[slab][i][r] = codes_of_step(planes.words[slab][r], first + i);
                         }
                     }
                     if constexpr (C::grouped) sums.prepare(a[0], acc[0], first, token_data + C::tokens * 4);
@@ -176,7 +160,7 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C
                         stage.advance();
                     }
                     if constexpr (C::grouped) {
-                        if (sums.ends(first + unit)) sums.add(acc[0]);
+                        if (sums.boundary(first + unit)) sums.add(acc[0]);
                     }
                 }
             }
@@ -186,11 +170,6 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C
 
             if constexpr (!C::grouped) barrier_wait<C::debug>(shared.tokens_full(buffer.index), buffer.parity);
             const unsigned out = shared.out();
-            if (C::ablate & 8) {
-                int all = 0;
-                for (int i = 0; i < C::tokens / 2; ++i) all ^= acc[0][i];
-                if (all == 0x12345678) y[0] = from_float<T>(1);
-            } else
             if constexpr (C::grouped) {
                 float biases[2];
 #pragma unroll
@@ -220,5 +199,4 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(GemmShape<C
         }
         turns.end();
     }
-    if constexpr (C::cluster > 1) cluster_barrier();  // the other block may still write here
 }

@@ -48,9 +48,9 @@ template <class T> __device__ inline unsigned centered_pair(unsigned codes, int 
 
 // Arguments as of `gemm_wgmma`, x as [KB][32 chunks][MT][8 tokens][8 columns]
 template <class C>
-__global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(FloatShape<C>::threads, C::resident)
+__global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
     gemm_wgmma_f16(const uint4* weight, const unsigned char* x, const float* w_scale,
-                   const typename Either<C::grouped, unsigned char, int>::type* w_zero, const float* bias, typename C::T* y,
+                   const typename Either<C::grouped, unsigned char, int>::type* w_zero, const int* w_total, const float* bias, typename C::T* y,
                    int M, int N, int KB, int MT, int groups) {
     using Shape = FloatShape<C>;
     using T = typename C::T;
@@ -82,7 +82,7 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(FloatShape<
             for (int slab = 0; slab < C::slabs; ++slab) {
                 const int row = min(n + 64 * slab, last);
                 if constexpr (C::grouped) {
-                    group_rows[slab] = GroupRows<C>(w_scale, w_zero, row, rows, groups);
+                    group_rows[slab] = GroupRows<C>(w_scale, w_zero, w_total, row, rows, groups);
                 } else {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
@@ -105,7 +105,7 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(FloatShape<
 #pragma unroll
                     for (int slab = 0; slab < C::slabs; ++slab) {
                         if constexpr (C::grouped) {
-                            if (group_rows[slab].starts(first)) {
+                            if (group_rows[slab].boundary(first)) {
                                 group_rows[slab].start();
 #pragma unroll
                                 for (int e = 0; e < 2; ++e) {
@@ -170,5 +170,4 @@ __global__ void __cluster_dims__(C::cluster, 1, 1) __launch_bounds__(FloatShape<
         }
         turns.end();
     }
-    if constexpr (C::cluster > 1) cluster_barrier();  // the other block may still write here
 }

@@ -78,7 +78,7 @@ template <class C, class Shape> struct Shared {
         constexpr int consumer_warps = C::consumers * 4;
         for (int i = 0; i < C::stages; ++i) {
             barrier_init(x_full(i), 1);
-            barrier_init(x_empty(i), consumer_warps * C::cluster);
+            barrier_init(x_empty(i), consumer_warps);
         }
         for (int i = 0; i < C::weight_slots; ++i) {
             barrier_init(weight_full(i), 1);
@@ -93,7 +93,6 @@ template <class C, class Shape> struct Shared {
 
     __device__ void init_together() const {  // by all threads of the block
         if (threadIdx.x == 0) init();
-        if constexpr (C::cluster > 1) cluster_barrier();
         __syncthreads();
     }
 
@@ -103,14 +102,13 @@ template <class C, class Shape> struct Shared {
     // A warp has done with a stage.
     __device__ void release_x(int stage, int lane) const {
         if (lane == 0) barrier_arrive(x_empty(stage));
-        if (C::cluster > 1 && lane == 1) barrier_arrive_in(x_empty(stage), cluster_rank() ^ 1);
     }
 };
 
 // Warpgroups take turns to start their products, in a ring, so that one makes its next operands while another multiplies;
 // left to themselves, they would all do the same at the same time. The named barrier of a warpgroup brings it its turn.
 template <class C> struct Turns {
-    static constexpr bool any = C::turns && C::consumers > 1;
+    static constexpr bool any = C::consumers > 1 && C::tokens > 64;  // fewer are multiplied before a turn is passed
     const int mine = threadIdx.x / 128;
 
     __device__ void begin() const {
@@ -130,7 +128,7 @@ template <class C> struct Turns {
 // The tiles of y of this block, one after the other: first all rows of the first tokens
 template <class C, class Shape> struct Tiles {
     int index, row_blocks, count;
-    __device__ Tiles(int M, int N) : index(blockIdx.x), row_blocks(ceil_div(ceil_div(N, Shape::rows), C::cluster) * C::cluster) {
+    __device__ Tiles(int M, int N) : index(blockIdx.x), row_blocks(ceil_div(N, Shape::rows)) {
         count = row_blocks * ceil_div(M, C::tokens);
     }
     __device__ bool any() const { return index < count; }
@@ -146,15 +144,9 @@ __device__ inline void produce_x(const Shared<C, Shape>& shared, Place<C::stages
     for (int stage = 0; stage < KB * Shape::stages_per_block; ++stage) {
         const unsigned full = shared.x_full(place.index);
         barrier_wait<C::debug>(shared.x_empty(place.index), place.parity ^ 1);
-        if (lane == 0) barrier_arrive_expecting(full, C::ablate & 1 ? 0 : Shape::stage_bytes);
+        if (lane == 0) barrier_arrive_expecting(full, Shape::stage_bytes);
         __syncwarp();
-        if constexpr (C::cluster > 1) {
-            const int chunk = lane * 2 + int(cluster_rank());
-            if (chunk < Shape::chunks_per_stage) {
-                bulk_copy_to_pair(shared.x(place.index) + chunk * Shape::chunk_bytes, x + chunk * chunk_stride,
-                                  Shape::chunk_bytes, full);
-            }
-        } else if (lane < Shape::chunks_per_stage && !(C::ablate & 1)) {
+        if (lane < Shape::chunks_per_stage) {
             bulk_copy(shared.x(place.index) + lane * Shape::chunk_bytes, x + lane * chunk_stride, Shape::chunk_bytes,
                       full);
         }
@@ -172,9 +164,9 @@ __device__ inline void produce_weights(const Shared<C, Shape>& shared, Place<C::
     for (int kb = 0; kb < KB; ++kb) {
         const unsigned full = shared.weight_full(place.index);
         barrier_wait<C::debug>(shared.weight_empty(place.index), place.parity ^ 1);
-        if (lane == 0) barrier_arrive_expecting(full, C::ablate & 2 ? 0 : Shape::slot_bytes);
+        if (lane == 0) barrier_arrive_expecting(full, Shape::slot_bytes);
         __syncwarp();
-        if (lane < Shape::row_tiles && !(C::ablate & 2)) {
+        if (lane < Shape::row_tiles) {
             bulk_copy(shared.weight(place.index) + lane * Shape::tile_bytes, from, Shape::tile_bytes, full);
         }
         from += C::planes * 32;
@@ -256,15 +248,11 @@ template <class T> __device__ inline void store_out(unsigned at, int lane, const
     }
 }
 
-// From there to y [M, N]: 16 bytes a lane, so that the lanes of a token write whole sectors of 32 bytes
-template <class T>
-__device__ inline void copy_out(unsigned from, int lane, T* y, int token0, int n0, int M, int N) {
-    constexpr int width = 16 / sizeof(T), parts = 16 / width;
-    static_assert(32 / parts == out_tokens<T>);
-    const int token = lane / parts, n = n0 + lane % parts * width;
-    const uint4 value = load_shared_4(from + token * out_pitch<T> + lane % parts * 16);
-    if (token0 + token >= M) return;
-    T* to = y + size_t(token0 + token) * N + n;
+// 16 bytes to y[m, n ...], as far as they are inside. The lanes of a token write whole sectors of 32 bytes.
+template <class T> __device__ inline void store_16_bytes(uint4 value, T* y, int m, int n, int M, int N) {
+    constexpr int width = 16 / sizeof(T);
+    if (m >= M) return;
+    T* to = y + size_t(m) * N + n;
     if (N % width == 0 && n + width <= N) {
         *reinterpret_cast<uint4*>(to) = value;
     } else {
@@ -285,20 +273,25 @@ __device__ inline void copy_out(unsigned from, int lane, T* y, int token0, int n
 // the warp's `out` in shared memory, a few tokens at a time; no other warp is waited for.
 template <int tokens, class T, class Value>
 __device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0, int M, int N, Value value) {
-    const int lane = threadIdx.x % 32;
+    constexpr int parts = 16 * sizeof(T) / 16;  // lanes of a token
+    static_assert(32 / parts == out_tokens<T>);
+    const int lane = threadIdx.x % 32, m = token0 + lane / parts, n = n0 + lane % parts * (16 / sizeof(T));
+    uint4 leaving;
     __syncwarp();  // what was written before has left
 #pragma unroll
     for (int first = 0; first < tokens; first += out_tokens<T>) {
         const unsigned buffer = out + first / out_tokens<T> % 2 * (out_bytes / 2);
 #pragma unroll
-        for (int m = 0; m < out_tokens<T>; m += 8) {
+        for (int i = 0; i < out_tokens<T>; i += 8) {
             float results[4];
-            value((first + m) / 8, results);
-            store_out<T>(buffer + m * out_pitch<T>, lane, results);
+            value((first + i) / 8, results);
+            store_out<T>(buffer + i * out_pitch<T>, lane, results);
         }
+        if (first > 0) store_16_bytes(leaving, y, m + first - out_tokens<T>, n, M, N);
         __syncwarp();
-        copy_out<T>(buffer, lane, y, token0 + first, n0, M, N);
+        leaving = load_shared_4(buffer + lane / parts * out_pitch<T> + lane % parts * 16);
     }
+    store_16_bytes(leaving, y, m + tokens - out_tokens<T>, n, M, N);
 }
 
 // Per channel: what is known of one row n, and the result for one token

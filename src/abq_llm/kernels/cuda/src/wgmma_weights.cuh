@@ -32,39 +32,40 @@ template <class C> struct Planes {
     }
 };
 
-// Scales and zero points of the rows n, n + 8 of one lane, group by group
+// Of the rows n, n + 8 of one lane, group by group: scales, zero points, and `totals`, sums of q - z
 template <class C> struct GroupRows {
     static constexpr int steps = greatest_divisor(C::group_words, C::unit);  // that end with a group, or inside
     static constexpr bool in_block = 8 % C::group_words == 0;                // every k-block begins with a group
 
     float scales[2], next_scales[2];
-    int zeros[2], next_zeros[2];
-    const float* scale;  // of the next group, row n
+    int zeros[2], next_zeros[2], totals[2], next_totals[2];
+    const float* scale;  // [groups][rows]
     const unsigned char* zero;
-    int stride, groups;
+    const int* total;
+    int at, rows, groups;  // `at`: the next group's, row n
     int group = -1, word = C::group_words;  // the present one, and steps of it so far
 
     __device__ GroupRows() {}
-    __device__ GroupRows(const float* w_scale, const unsigned char* w_zero, int row, int rows, int groups)
-        : scale(w_scale + row), zero(w_zero + row), stride(rows), groups(groups) {
+    __device__ GroupRows(const float* w_scale, const unsigned char* w_zero, const int* w_total, int row, int rows, int groups)
+        : scale(w_scale), zero(w_zero), total(w_total), at(row), rows(rows), groups(groups) {
         load_next();
     }
     __device__ void load_next() {  // long before they are used
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const bool any = group + 1 < groups;  // zeros for the filling after the last one
-            next_scales[e] = any ? __ldg(scale + 8 * e) : 0;
-            next_zeros[e] = any ? __ldg(zero + 8 * e) : 0;
+            next_scales[e] = any ? __ldg(scale + at + 8 * e) : 0;
+            next_zeros[e] = any ? __ldg(zero + at + 8 * e) : 0;
+            next_totals[e] = any ? __ldg(total + at + 8 * e) : 0;
         }
-        scale += stride, zero += stride;
+        at += rows;
     }
-    __device__ bool starts(int step) const { return in_block ? step % C::group_words == 0 : word == C::group_words; }
-    __device__ bool ends(int step) const { return starts(step); }
-    __device__ int words(int step) const { return in_block ? step % C::group_words : word; }  // of the group, before `step`
+    // Whether a group ends before this step of the k-block, and one starts
+    __device__ bool boundary(int step) const { return in_block ? step % C::group_words == 0 : word == C::group_words; }
     __device__ void start() {
         ++group, word = 0;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) scales[e] = next_scales[e], zeros[e] = next_zeros[e];
+        for (int e = 0; e < 2; ++e) scales[e] = next_scales[e], zeros[e] = next_zeros[e], totals[e] = next_totals[e];
         load_next();
     }
 };
