@@ -141,7 +141,8 @@ def test_registers_grow_with_what_is_kept_in_them():
         (2048, "W2A4", {90: "wgmma"}),  # eight pairs of planes: no gain over bytes
         (2048, "W2A2g128", {90: "wgmma"}),  # the binary product has no groups
         (1, "W4A16", dict.fromkeys(GPUS, "decode")),
-        (8, "W4A16g64", dict.fromkeys(GPUS, "decode")),
+        (4, "W4A16g64", dict.fromkeys(GPUS, "decode")),
+        (8, "W4A16g64", {80: "decode", 90: "wgmma_f16", 120: "decode"}),
         (64, "W4A16", {80: "dequantize", 90: "wgmma_f16", 120: "dequantize"}),
         (2048, "W4A16", dict.fromkeys(GPUS, "dequantize")),
         (2048, "W4A8g32", {80: "mma", 90: "mma"}),  # a group a step

@@ -16,6 +16,7 @@ Tile = decode.Tile | gemm_mma.Tile | gemm_wgmma.Tile
 DECODE_COLUMNS = 32  # of the binary product, up to which it beats the int8 product, whose activations are more compact
 DECODE_COLUMNS_GROUPED = 16  # the same for groups of 128 columns and more; shorter ones take too many binary products
 DECODE_TOKENS_16 = 32  # of 16-bit activations, up to which it beats a dequantized weight
+DECODE_TOKENS_F16 = 8, 4  # the same where warpgroup products of floats are the other way: per channel, in groups
 WGMMA_F16_TOKENS = 1024  # of 16-bit activations, up to which it beats a dequantized weight
 WGMMA_TOKENS = 65  # from which the warpgroup product is worth its larger blocks
 
@@ -32,7 +33,7 @@ class Plan:
 def choose(problem: Problem, gpu: Gpu) -> Plan:
     """The plan for a shape that nobody has tuned."""
     columns = problem.m * columns_per_token(problem.bits)
-    if problem.bits == 16 and problem.m > DECODE_TOKENS_16:
+    if problem.bits == 16 and problem.m > _decode_tokens_16(problem, gpu):
         return _many_tokens_16(problem, gpu)
     nine_planes = problem.planes > 8  # W8*: its codes are no bytes
     few_columns = DECODE_COLUMNS
@@ -54,6 +55,12 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
         return Plan("wgmma", gemm_wgmma.choose(m, n, blocks, planes, gpu.sms, problem.group_words))
     tile = gemm_mma.choose(m, n, blocks, planes, gpu.sms, problem.group_words, problem.group_size > 0, gpu.shared_limit)
     return Plan("mma", tile)
+
+
+def _decode_tokens_16(problem: Problem, gpu: Gpu) -> int:
+    if gpu.has_wgmma and gemm_wgmma_f16.takes(problem):
+        return DECODE_TOKENS_F16[problem.group_size > 0]
+    return DECODE_TOKENS_16
 
 
 def _many_tokens_16(problem: Problem, gpu: Gpu) -> Plan:
