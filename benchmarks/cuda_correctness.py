@@ -2,6 +2,10 @@
 
     python benchmarks/cuda_correctness.py --cases 2000 --jobs 12 --out benchmarks/results/cuda_correctness_h100.json
 
+Under compute-sanitizer, whose tools take their time:
+
+    compute-sanitizer --tool memcheck python benchmarks/cuda_correctness.py --cases 60 --jobs 0 --largest 1e8 --out ...
+
 A case draws a scheme, a shape, and one plan: what the heuristic takes, or any candidate. Two comparisons each:
 
     integers  all scales are 1 and every sum is below 2^24, so the fp32 output is the integer itself: it must be equal
@@ -37,11 +41,11 @@ ROWS = (8, 100, 192, 576, 4096, 11008, 32000)
 GROUPS = (0, 0, 0, 64, 128, 32, 96, 192, 256, 40)
 
 
-def draw(rng: random.Random) -> dict:
+def draw(rng: random.Random, largest: float) -> dict:
     while True:
         bits = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 16))
         m, n, k = rng.choice(TOKENS), rng.choice(ROWS), rng.choice(COLUMNS)
-        if m * n * k <= 1.5e10:
+        if m * n * k <= largest:
             break
     star = "*" if rng.random() < 0.2 else ""
     group = rng.choice(GROUPS)
@@ -103,7 +107,7 @@ def check_quantizer(case: dict) -> str | None:
 
 def in_order(chosen) -> bool:
     """Whether a plan adds the groups as the reference does."""
-    return chosen.path == "wgmma" or (chosen.path == "mma" and chosen.tile.warps_k == chosen.tile.split_k == 1)
+    return chosen.path == "wgmma" or (chosen.path == "mma" and chosen.tile.in_order)
 
 
 def check(case: dict) -> tuple[str, str | None]:
@@ -217,16 +221,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop drawing cases after this long")
-    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=8, help="processes; 0: this one")
+    parser.add_argument("--largest", type=float, default=1.5e10, help="m * n * k of a case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="of the code, where the tree has no git history")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    cases = [{**draw(rng), "seed": args.seed + i} for i in range(args.cases)]
+    cases = [{**draw(rng, args.largest), "seed": args.seed + i} for i in range(args.cases)]
     started = time.time()
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        parts = list(pool.map(run, [cases[i :: args.jobs] for i in range(args.jobs)], [args.seconds] * args.jobs))
+    if args.jobs:
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+            parts = list(pool.map(run, [cases[i :: args.jobs] for i in range(args.jobs)], [args.seconds] * args.jobs))
+    else:
+        parts = [run(cases, args.seconds)]
     paths = sum((part[0] for part in parts), Counter())
     failures = [failure for part in parts for failure in part[1]]
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -3,6 +3,7 @@
 python benchmarks/tables.py accuracy benchmarks/results/smollm2_h100.json benchmarks/results/smollm2_w2_h100.json
 python benchmarks/tables.py ablation benchmarks/results/smollm2_ablation_h100.json
 python benchmarks/tables.py integer benchmarks/results/integer_only_cpu.json
+python benchmarks/tables.py rivals benchmarks/results/rivals_smollm2_cpu.json benchmarks/results/rivals_ours_cpu.json
 """
 
 from __future__ import annotations
@@ -63,6 +64,22 @@ def integer(record: dict) -> None:
                 print("| " + " | ".join(cells) + " |")
 
 
+def rivals(record: dict) -> None:
+    """What `rivals_accuracy.py` measured, and `abq compare` on the same tokens: one line a scheme and system."""
+    rows = [row for row in record["rows"] if row.get("method") != "fp"]
+    texts = list(next(row["texts"] for row in rows if "rival" in row))
+    print("| scheme | system | " + " | ".join(f"{text}: perplexity | KL | top-1" for text in texts) + " | seconds |")
+    print("|---|---|" + "---|---|---|" * len(texts) + "---|")
+    for row in sorted(rows, key=lambda row: row["scheme"], reverse=True):
+        name = f"{row['rival']} {row['versions'][row['rival']]}" if "rival" in row else f"ours: {row['method']}"
+        cells = [row["scheme"], name]
+        for text in texts:
+            keys = ("perplexity", "kl", "top1_agreement")
+            figures = [row["texts"][text][key] if "rival" in row else row[key][text] for key in keys]
+            cells += [_short(figures[0]), _short(figures[1]), f"{figures[2]:.3f}"]
+        print("| " + " | ".join([*cells, f"{row['seconds']:,.0f}"]) + " |")
+
+
 def _runs(record: dict) -> dict[str, list[dict]]:
     """Row -> its runs, one for each seed."""
     runs = defaultdict(list)
@@ -92,4 +109,4 @@ if __name__ == "__main__":
         with open(path) as file:
             records.append(json.load(file))
     merged = {**records[0], "rows": [row for record in records for row in record["rows"]]}
-    {"accuracy": accuracy, "ablation": ablation, "integer": integer}[sys.argv[1]](merged)
+    {"accuracy": accuracy, "ablation": ablation, "integer": integer, "rivals": rivals}[sys.argv[1]](merged)

@@ -147,7 +147,7 @@ def activation_log_scale(task: BlockTask, pair: Pair, s_X: dict[str, Tensor], al
         act = act.view(channels // task.head_dim, -1, task.head_dim).mean(1).flatten()
     log_s = alpha * act.clamp_min(1e-5).log()
     log_s = (log_s - log_s.mean()).clamp(-LOG_LIMIT, LOG_LIMIT)
-    return log_s if log_s.isfinite().all() else torch.zeros_like(log_s)
+    return torch.where(log_s.isfinite().all(), log_s, 0)
 
 
 def scaled_error(task: BlockTask, pair: Pair, parameters: Parameters, X: dict[str, Tensor], log_s: Tensor) -> Tensor:

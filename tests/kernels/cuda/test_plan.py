@@ -64,9 +64,12 @@ def test_shared_memory_by_hand():
     queue = 4 * 3 * (8 * 256 + 32 * 16 * 2)  # slices x stages x (8 tokens, 32 bytes a row and plane)
     row_data, token_data = 16 * 16, 12 * 8
     assert gemm_mma.shared_bytes(Tile(8, 1, 1, 4, 3), planes=2) == queue + row_data + token_data
-    # a group of 128 columns: two of them meet a block; a scale, a sum and a zero point for every row, a sum for every token
-    grouped = 4 * 3 * (2 * (16 * 9 + 8 * 4) + 8 * 4)  # and every token's zero point
+    # a group of 128 columns: two of them meet a block; a scale and a zero point for every row, a sum for every token
+    grouped = 4 * 3 * 2 * (16 * 5 + 8 * 4)
     assert gemm_mma.shared_bytes(Tile(8, 1, 1, 4, 3), 2, 4, True) == queue + grouped + row_data + token_data
+    # in order: a sum for every row, and the zero point of every token
+    queue, grouped = queue // 4, grouped // 4 + 3 * (2 * 16 * 4 + 8 * 4)
+    assert gemm_mma.shared_bytes(Tile(8, 1, 1, 1, 3), 2, 4, True) == queue + grouped + row_data + token_data
 
 
 def test_shared_memory_also_holds_the_slices_sums():

@@ -90,7 +90,7 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     if isinstance(tile, gemm_mma.Tile):
         codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
         gemm_mma.run(
-            planes, codes, scale, zero, group_total if grouped else total, token.scale, token.zero, token.sums, bias, y,
+            planes, codes, scale, zero, group_total if grouped and tile.in_order else total, token.scale, token.zero, token.sums, bias, y,
             group_words=problem.group_words, tile=tile, programmatic=True,
         )  # fmt: skip
     elif binary:

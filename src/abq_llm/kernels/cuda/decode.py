@@ -16,7 +16,7 @@ from abq_llm.kernels.cuda.problem import BLOCK, Problem
 WHOLE_ROW = 2**20  # group_words where there are no groups
 FUSED_TOKENS = 4  # up to which every block may quantize x anew
 FUSED_BLOCKS = 96  # k-blocks of all tokens, up to which it is worth it
-LONG_ROW = 32  # k-blocks of x from which one block an SM is better than two that quantize it
+FUSED_TWICE_BLOCKS = 32  # the same, up to which two blocks of an SM may do it
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 STATIC_LIMIT = 32 * 1024  # bytes of shared memory for sums; with what a fused token needs, a kernel may have 48 KiB
 WINDOW_BYTES = 32 * 1024  # of an SM, under way before x is here: more delays the end of the kernel before, less wastes bandwidth
@@ -149,15 +149,27 @@ def tiles_of(problem: Problem) -> int:
 def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
     """The tile for a shape that nobody has tuned; None if the activations of a warp fit no register file."""
     tiles = candidates(problem, sms, shared_limit)
+    share = -(-problem.row_tiles // sms) * problem.k_blocks * block_bytes(problem)  # bytes of an SM
+    # Two blocks begin and end at different times, but each quantizes all of x; and one leaves room for the next kernel's
+    fuses = problem.m * problem.k_blocks <= FUSED_BLOCKS
+    one = 2 * share <= shared_limit or (fuses and problem.m * problem.k_blocks > FUSED_TWICE_BLOCKS)
+    warps = 16 if fuses and problem.m <= 2 else 8
 
     def preference(tile: Tile) -> tuple[float, ...]:
         steps = tile.rounds(problem, sms) * tile.x_blocks(problem)
-        queued = tile.blocks_per_sm * tile.warps * min(tile.stages, steps)  # k-blocks
-        # Two blocks begin and end at different times; but each of them quantizes all of x
-        two = tile.blocks_per_sm == (1 if tile.fused and problem.k_blocks > LONG_ROW else 2)
+        queued = min(tile.stages, steps) / steps  # of the weight, at a time
         idle = tile.x_blocks(problem) * tile.warps / problem.k_blocks
-        fused = tile.fused == (problem.m * problem.k_blocks <= FUSED_BLOCKS)
-        return fused, queued, two, -idle, tile.warps == 8, tile.warps, -tile.stages, not tile.early
+        return (
+            tile.fused == fuses,
+            queued,
+            (tile.blocks_per_sm == 1) == one,
+            -idle,
+            tile.warps == warps,
+            tile.warps,
+            -abs(tile.stages - steps - 1),
+            -tile.stages,
+            not tile.early,
+        )
 
     return max(tiles, key=preference) if tiles else None
 

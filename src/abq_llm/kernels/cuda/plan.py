@@ -38,6 +38,8 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
     few_columns = DECODE_COLUMNS
     if problem.group_size:
         few_columns = DECODE_COLUMNS_GROUPED if problem.group_words >= 4 else 0
+    elif problem.planes <= 3 and problem.row_tiles * problem.k_blocks >= 64 * gpu.sms:
+        few_columns *= 2  # large weights of few bits
     if nine_planes or problem.bits == 16 or (gpu.has_binary and columns <= few_columns):
         if decode_tile := decode.choose(problem, gpu.sms, gpu.shared_limit):
             return Plan("decode", decode_tile)
