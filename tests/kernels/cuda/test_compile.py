@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, gemm_wgmma_f16, jit, launch, plan
+from abq_llm.kernels.cuda import (
+    activations,
+    decode,
+    dequantize,
+    gemm_mma,
+    gemm_wgmma,
+    gemm_wgmma_f16,
+    jit,
+    launch,
+    plan,
+)
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
 from tests.kernels.cuda.sass import sass

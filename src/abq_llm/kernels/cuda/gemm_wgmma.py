@@ -23,7 +23,7 @@ TOKENS = (32, 48, 64, 96, 112, 128, 144, 160, 176, 192, 208, 240, 256)  # of wgm
 # Cycles of an H100's multiprocessor, fitted to measured products (see `cycles`)
 START_CYCLES = 8800  # of a block: filling its stages and writing its results
 EXPAND_CYCLES = 42  # of 64 rows x 256 columns: making bytes of one plane
-GROUP_CYCLES = 3  # of 64 rows and one token: adding the sums of a group
+GROUP_CYCLES, GROUP_TOKEN_CYCLES = 200, 1.85  # of 64 rows: adding the sums of a group, and for each token
 LATENCY_CYCLES = 760  # of 256 columns, for a warpgroup by itself: waiting for planes, for x and for its products
 OTHER_REGISTERS = 24  # of a consumer, for addresses and one step's bytes
 LATENCY_CYCLES_B1 = 230  # fewer products to wait for
@@ -142,7 +142,7 @@ def cycles(
     """
     products = products if x_planes is None else planes * x_planes
     expand = EXPAND_CYCLES * planes if x_planes is None else 0
-    groups = GROUP_CYCLES * 8 / group_words * tile.tokens if group_words else 0
+    groups = 8 / group_words * (GROUP_CYCLES + GROUP_TOKEN_CYCLES * tile.tokens) if group_words else 0
     work = tile.slabs * (products * tile.tokens / 2 + expand + groups)  # of a warpgroup, per k-block
     alone = work + (LATENCY_CYCLES if x_planes is None else LATENCY_CYCLES_B1)
 

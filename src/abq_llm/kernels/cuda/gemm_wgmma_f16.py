@@ -19,6 +19,7 @@ from abq_llm.kernels.cuda.problem import Problem
 
 UNIT = 2  # steps of 32 columns whose products start together, unless a group ends before
 
+
 def shared_bytes(tile: Tile, planes: int) -> int:
     """The block's shared memory, laid out in `wgmma_tile.cuh`."""
     head = -(-(384 + 24 * tile.tokens) // 128) * 128
@@ -82,7 +83,7 @@ def constants(tile: Tile, problem: Problem, dtype: torch.dtype) -> dict[str, boo
 
 
 def x_tiles(x: Tensor, problem: Problem, tokens: int) -> Tensor:
-    """x [M, K], contiguous -> [32 KB chunks, MT, 8 tokens, 8 columns], 8 MT a multiple of `tokens`; `src/x_tiles.cuh`."""
+    """x [M, K], contiguous -> [32 KB chunks, MT, 8 tokens, 8 columns], 8 MT a multiple of `tokens`."""
     tiles = -(-problem.m // tokens) * tokens // 8
     out = x.new_empty(problem.k_blocks * 32, tiles, 8, 8)
     config: dict[str, bool | int | str] = {
@@ -92,7 +93,7 @@ def x_tiles(x: Tensor, problem: Problem, tokens: int) -> Tensor:
     }
     kernel = jit.load("x_tiles", "x_tiles", config, x.device)
     grid = -(-problem.k_blocks * 16 // 32), -(-problem.m // 8), 1
-    args = [x, out, problem.m, problem.k, problem.k_blocks, tiles]
+    args: list[launch.Argument] = [x, out, problem.m, problem.k, problem.k_blocks, tiles]
     launch.launch(kernel, grid, (256, 1, 1), args, programmatic=True)
     return out
 
@@ -106,6 +107,7 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
     y = x.new_empty(problem.m, problem.n)
     kernel = jit.load("gemm_wgmma_f16", "gemm_wgmma_f16", constants(tile, problem, x.dtype), x.device)
     grid = min(tile.count(problem.m, problem.n), gpu(x.get_device()).sms), 1, 1
-    args = [planes, tiles, scale, zero, group_total, bias, y, *y.shape, problem.k_blocks, tiles.shape[1], problem.groups]
-    launch.launch(kernel, grid, (tile.threads, 1, 1), args, shared_bytes(tile, problem.planes), programmatic=True)
+    args: list[launch.Argument] = [planes, tiles, scale, zero, group_total, bias, y]
+    sizes = problem.m, problem.n, problem.k_blocks, tiles.shape[1], problem.groups
+    launch.launch(kernel, grid, (tile.threads, 1, 1), [*args, *sizes], shared_bytes(tile, problem.planes), True)
     return y

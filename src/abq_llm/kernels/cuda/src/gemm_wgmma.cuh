@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
             int acc[C::slabs][C::tokens / 2];
             int accumulate = C::grouped;
             // Row tiles past the last one repeat it
-            typename Either<C::grouped, GroupSums<C>, Nothing>::type sums(w_scale, w_zero, w_centered, min(n, rows - 16 + lane / 4), rows, groups);
+            const int row = min(n, rows - 16 + lane / 4);
+            typename Either<C::grouped, GroupSums<C>, Nothing>::type sums(w_scale, w_zero, w_centered, row, rows, groups);
             if constexpr (C::grouped) barrier_wait<C::debug>(shared.tokens_full(buffer.index), buffer.parity);
 
             for (int kb = 0; kb < KB; ++kb) {

@@ -50,8 +50,8 @@ template <class T> __device__ inline unsigned centered_pair(unsigned codes, int 
 template <class C>
 __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
     gemm_wgmma_f16(const uint4* weight, const unsigned char* x, const float* w_scale,
-                   const typename Either<C::grouped, unsigned char, int>::type* w_zero, const int* w_total, const float* bias, typename C::T* y,
-                   int M, int N, int KB, int MT, int groups) {
+                   const typename Either<C::grouped, unsigned char, int>::type* w_zero, const int* w_total, const float* bias,
+                   typename C::T* y, int M, int N, int KB, int MT, int groups) {
     using Shape = FloatShape<C>;
     using T = typename C::T;
     constexpr int unit = GroupRows<C>::steps;
