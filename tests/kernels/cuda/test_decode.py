@@ -165,7 +165,7 @@ def test_path(m, scheme, path):
         (plan.DECODE_COLUMNS // 8, "W2A8", "decode", "mma"),
         (plan.DECODE_COLUMNS // 4, "W2A3", "decode", "mma"),
         (plan.DECODE_COLUMNS // 2, "W2A2", "decode", "mma"),  # four tokens a tile
-        (plan.DECODE_TOKENS_16, "W4A16", "decode", "wgmma_f16"),
+        (plan.DECODE_TOKENS_F16[0], "W4A16", "decode", "wgmma_f16"),
         (plan.WGMMA_F16_TOKENS, "W4A16g128", "wgmma_f16", "dequantize"),
         (plan.WGMMA_TOKENS - 1, "W4A8", "mma", "wgmma"),
         (plan.WGMMA_TOKENS - 1, "W4A8g128", "mma", "wgmma"),

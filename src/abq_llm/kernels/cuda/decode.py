@@ -19,7 +19,9 @@ FUSED_BLOCKS = 96  # k-blocks of all tokens, up to which it is worth it
 FUSED_TWICE_BLOCKS = 32  # the same, up to which two blocks of an SM may do it
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 STATIC_LIMIT = 32 * 1024  # bytes of shared memory for sums; with what a fused token needs, a kernel may have 48 KiB
-WINDOW_BYTES = 32 * 1024  # of an SM, under way before x is here: more delays the end of the kernel before, less wastes bandwidth
+WINDOW_BYTES = (
+    32 * 1024
+)  # of an SM, under way before x is here: more delays the end of the kernel before, less wastes bandwidth
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 
 
