@@ -89,8 +89,9 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     y = x.new_empty(problem.m, problem.n)
     if isinstance(tile, gemm_mma.Tile):
         codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
+        sums = group_total if grouped and tile.in_order else total
         gemm_mma.run(
-            planes, codes, scale, zero, group_total if grouped and tile.in_order else total, token.scale, token.zero, token.sums, bias, y,
+            planes, codes, scale, zero, sums, token.scale, token.zero, token.sums, bias, y,
             group_words=problem.group_words, tile=tile, programmatic=True,
         )  # fmt: skip
     elif binary:

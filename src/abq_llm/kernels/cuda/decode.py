@@ -19,9 +19,8 @@ FUSED_BLOCKS = 96  # k-blocks of all tokens, up to which it is worth it
 FUSED_TWICE_BLOCKS = 32  # the same, up to which two blocks of an SM may do it
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 STATIC_LIMIT = 32 * 1024  # bytes of shared memory for sums; with what a fused token needs, a kernel may have 48 KiB
-WINDOW_BYTES = (
-    32 * 1024
-)  # of an SM, under way before x is here: more delays the end of the kernel before, less wastes bandwidth
+# Bytes of an SM that may be under way before x is here: more delays the end of the kernel before, fewer waste bandwidth
+WINDOW_BYTES = 32 * 1024
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 
 
@@ -152,7 +151,7 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
     """The tile for a shape that nobody has tuned; None if the activations of a warp fit no register file."""
     tiles = candidates(problem, sms, shared_limit)
     share = -(-problem.row_tiles // sms) * problem.k_blocks * block_bytes(problem)  # bytes of an SM
-    # Two blocks begin and end at different times, but each quantizes all of x; and one leaves room for the next kernel's
+    # Two blocks begin and end at different times, but each quantizes x; one may leave room for the next kernel's
     fuses = problem.m * problem.k_blocks <= FUSED_BLOCKS
     one = 2 * share <= shared_limit or (fuses and problem.m * problem.k_blocks > FUSED_TWICE_BLOCKS)
     warps = 16 if fuses and problem.m <= 2 else 8

@@ -80,7 +80,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     if problem.planes > 8 or columns <= (16 * DECODE_TOKENS_16 if problem.bits == 16 else 4 * DECODE_COLUMNS):
         plans += [Plan("decode", tile) for tile in decode.candidates(problem, gpu.sms, gpu.shared_limit)]
     if problem.bits == 16:
-        if gpu.has_wgmma and problem.m > 8 and gemm_wgmma_f16.takes(problem):
+        if gpu.has_wgmma and problem.m > 4 and gemm_wgmma_f16.takes(problem):
             plans += [Plan("wgmma_f16", tile) for tile in gemm_wgmma_f16.candidates(problem)]
         return [*plans, Plan("dequantize")]
     if problem.planes > 8:
