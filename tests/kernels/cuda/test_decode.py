@@ -233,5 +233,5 @@ def test_candidates_can_run(capability, scheme):
             assert plan.choose(shape, gpu) in found, name(shape)  # what is not tuned can be found by tuning
             assert any(candidate.path == "dequantize" for candidate in found) == (shape.bits == 16)
             assert any(candidate.path.startswith("wgmma") for candidate in found) == (
-                gpu.has_wgmma and m > 8 and shape.planes <= 8
+                gpu.has_wgmma and m > (4 if shape.bits == 16 else 8) and shape.planes <= 8
             )
