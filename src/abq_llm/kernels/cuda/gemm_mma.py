@@ -20,6 +20,7 @@ from abq_llm.kernels.cuda import jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES
 from abq_llm.kernels.cuda.gpus import gpu
 
+IN_ORDER_TOKENS = 64  # above it, tiles for groups are in order
 SMALLEST_SHARED_LIMIT = 99 * 1024  # bytes of a block on sm_86, 89, 120; 163 KiB on sm_80, 227 KiB on sm_90 and 100
 
 
@@ -39,6 +40,11 @@ class Tile:
         return 16 * self.row_tiles * self.warps_rows
 
     @property
+    def in_order(self) -> bool:
+        """Whether groups are added in the reference's order, to the same bits."""
+        return self.warps_k == self.split_k == 1
+
+    @property
     def threads(self) -> int:
         return 32 * self.warps_rows * self.warps_k
 
@@ -52,7 +58,9 @@ def shared_bytes(tile: Tile, planes: int, group_words: int = 0, zero_point: bool
     if group_words:  # groups that meet a block of 8 words, which begins at most so far into one
         slots = 1 + (group_words - math.gcd(group_words, 8) + 7) // group_words
     zeros = slots if zero_point else 0
-    stage = 256 * tile.tokens + 32 * planes * tile.rows + (4 * slots + zeros) * tile.rows + 4 * zeros * tile.tokens
+    totals, x_zeros = (slots, 1) if group_words and tile.in_order else (0, 0)
+    stage = 256 * tile.tokens + 32 * planes * tile.rows
+    stage += (4 * slots + 4 * totals + zeros) * tile.rows + 4 * (zeros + x_zeros) * tile.tokens
     sums = 4 * tile.warps_k * tile.tokens * (tile.rows + 4)
     return max(tile.warps_k * tile.stages * stage, sums) + 16 * tile.rows + 12 * tile.tokens
 
@@ -110,7 +118,7 @@ def candidates(
             and 16 * tile.warps_rows >= tile.tokens  # fewer read the tokens too often
             and (tile.stages > 2 or tile.tokens > 16)  # a block under way does not cover the memory's latency
             and 64 <= tile.threads <= 512
-            and tile.warps_k <= k_blocks
+            and tile.warps_k <= (1 if grouped and m > IN_ORDER_TOKENS else k_blocks)
             and used <= 255
             and used * tile.threads <= 65536
             and shared <= shared_limit
@@ -206,8 +214,8 @@ def run(
     weight: WEIGHTS, int32 [R, KB, planes, 32, 4].   x: ACT_U8, uint8 [16 KB, T, 8, 16].
     x_scale: fp32 [8 T].   x_zero: int32 [8 T].   bias: fp32 [N].
     per channel: w_scale fp32 [16 R], w_zero int32 [16 R], w_sum int32 [16 R] (centered_sum), x_sum int32 [8 T].
-    grouped: w_scale fp32 [G, 16 R], w_zero uint8 [G, 16 R] or None, w_sum fp32 [16 R] (offset),
-        x_sum int32 [G, 8 T] (group_sum), or None if w_zero is.
+    grouped: w_scale fp32 [G, 16 R], w_zero uint8 [G, 16 R] or None, x_sum int32 [G, 8 T] (group_sum), or
+        None if w_zero is, w_sum int32 [G, 16 R] (group_total) if the tile is in order, else fp32 [16 R] (offset).
     """
     (m, n), k_blocks, planes, token_tiles = out.shape, weight.shape[1], weight.shape[2], x.shape[1]
     zero_point = group_words > 0 and w_zero is not None

@@ -61,6 +61,13 @@ template <int pending> __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// Whether a copy engine fills shared memory (bulk.cuh)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool has_bulk_copies = true;
+#else
+constexpr bool has_bulk_copies = false;
+#endif
+
 // Programmatic dependent launch: a kernel may start while its predecessor drains, and waits before it reads its results.
 __device__ inline void grid_dependency_wait() {
 #if __CUDA_ARCH__ >= 900

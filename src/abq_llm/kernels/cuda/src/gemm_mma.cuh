@@ -9,7 +9,9 @@
 // in a queue of `stages` column blocks. `warps_k` slices of `warps_rows` warps, and `split_k` thread blocks, divide the columns; their
 // sums meet in shared memory (in global memory for split_k) and are added in a fixed order, so that results repeat to the bit.
 //
-// Grouped weights: the integer sum of a group becomes a float and is scaled at the end of the group. Slices begin with a group.
+// Grouped weights: the integer sum of a group becomes a float and is scaled at the end of the group. Slices begin with a group. A single
+// slice adds the groups in the reference's order and with its roundings, to the same bits; several have the zero points of the tokens
+// corrected once, at the end, which needs fewer tables.
 //
 // Constants: planes, tokens, warps_rows, row_tiles, warps_k, split_k, stages, grouped, group_words (group size / 32),
 // has_zero_point (grouped weights only), programmatic, shared_bytes, blocks_per_sm; type T of the output.
@@ -81,6 +83,7 @@ template <class C> struct GemmMma {
 
     // Groups of 32 * group_words columns against blocks of 8 words
     static constexpr bool groups_fit_blocks = 8 % C::group_words == 0;
+    static constexpr bool in_order = C::grouped && C::warps_k == 1 && C::split_k == 1;
     static constexpr int ends_apart = greatest_common_divisor(C::group_words, 8);      // a group ends at multiples of this only
     static constexpr int slice_unit = C::grouped ? C::group_words / ends_apart : 1;  // blocks after which both end
 
@@ -99,8 +102,10 @@ template <class C> struct GemmMma {
     static constexpr int tokens_offset = 0;                                                        // u8 [16 chunks][tile][8][16]
     static constexpr int weight_offset = tokens_offset + 256 * C::tokens;                          // uint4 [row tile][plane][lane]
     static constexpr int scale_offset = weight_offset + 512 * C::planes * block_row_tiles;         // float [group][row]
-    static constexpr int group_sum_offset = scale_offset + 4 * group_slots * rows;                 // int [group][token]
-    static constexpr int zero_offset = group_sum_offset + 4 * zero_slots * C::tokens;              // u8 [group][row]
+    static constexpr int total_offset = scale_offset + 4 * group_slots * rows;                     // int [group][row]
+    static constexpr int group_sum_offset = total_offset + (in_order ? 4 * group_slots * rows : 0); // int [group][token]
+    static constexpr int x_zero_offset = group_sum_offset + 4 * zero_slots * C::tokens;            // int [token]
+    static constexpr int zero_offset = x_zero_offset + (in_order ? 4 * C::tokens : 0);            // u8 [group][row]
     static constexpr int stage_bytes = zero_offset + zero_slots * rows;
     static constexpr int sum_pitch = rows + 4;  // four lanes two tokens apart, eight lanes a row apart: 32 banks
     static constexpr int queue_bytes = larger(C::warps_k * C::stages * stage_bytes, C::warps_k * C::tokens * sum_pitch * 4);
@@ -115,44 +120,50 @@ template <class C> struct GemmMma {
 
 __device__ inline float float_below_2_23(unsigned value) { return __uint_as_float(0x4B000000u | value) - 8388608.0f; }
 
-// End of a group: total += scale * (sum - zero * group_sum). `row` and `token` are the lane's first ones in the block.
+// End of a group: y += scale * (sum - zero * group_sum - x_zero * total), the last term in order only. `row` and `token` are the lane's
+// first ones in the block.
 template <class C>
 __device__ inline void add_group(
-    float (&total)[C::row_tiles][C::tokens / 8][4], int (&sum)[C::row_tiles][C::tokens / 8][4], const unsigned char* stage,
+    float (&y)[C::row_tiles][C::tokens / 8][4], int (&sum)[C::row_tiles][C::tokens / 8][4], const unsigned char* stage,
     int slot, int row, int token) {
     using G = GemmMma<C>;
     const float* scales = reinterpret_cast<const float*>(stage + G::scale_offset) + slot * G::rows + row;
+    const int* totals = reinterpret_cast<const int*>(stage + G::total_offset) + slot * G::rows + row;
     const unsigned char* zeros = stage + G::zero_offset + slot * G::rows + row;
     const int* group_sums = reinterpret_cast<const int*>(stage + G::group_sum_offset) + slot * C::tokens + token;
+    const int* x_zeros = reinterpret_cast<const int*>(stage + G::x_zero_offset) + token;
     float scale[C::row_tiles][2];
-    int zero[C::row_tiles][2] = {};
+    int total[C::row_tiles][2] = {}, zero[C::row_tiles][2] = {};
 #pragma unroll
     for (int r = 0; r < C::row_tiles; r++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             scale[r][half] = scales[16 * r + 8 * half];
+            if constexpr (G::in_order) total[r][half] = totals[16 * r + 8 * half];
             if constexpr (C::has_zero_point) zero[r][half] = zeros[16 * r + 8 * half];
         }
 #pragma unroll
     for (int n = 0; n < C::tokens / 8; n++) {
-        int group_sum[2] = {};
-        if constexpr (C::has_zero_point) {
-            int2 pair = *reinterpret_cast<const int2*>(group_sums + 8 * n);
-            group_sum[0] = pair.x, group_sum[1] = pair.y;
-        }
+        int2 x_zero = make_int2(0, 0), group_sum = make_int2(0, 0);
+        if constexpr (G::in_order) x_zero = *reinterpret_cast<const int2*>(x_zeros + 8 * n);
+        if constexpr (C::has_zero_point) group_sum = *reinterpret_cast<const int2*>(group_sums + 8 * n);
 #pragma unroll
         for (int r = 0; r < C::row_tiles; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float value;
-                if constexpr (G::sums_in_mantissa) {  // all three are integers below 2^24: the multiply-add rounds like one conversion
-                    value = __int_as_float(sum[r][n][i]) - 8388608.0f;
+                const int z = i % 2 ? x_zero.y : x_zero.x, s = i % 2 ? group_sum.y : group_sum.x;
+                float term = 0;
+                if constexpr (G::sums_in_mantissa) {  // 2^23 + integers below 2^23: exact, until the last rounds once
+                    float value = __int_as_float(sum[r][n][i]);
                     if constexpr (C::has_zero_point)
-                        value = __fmaf_rn(-float_below_2_23(zero[r][i / 2]), float_below_2_23(group_sum[i % 2]), value);
+                        value = __fmaf_rn(-float_below_2_23(zero[r][i / 2]), float_below_2_23(s), value);
+                    if constexpr (G::in_order) value = __fmaf_rn(-float_below_2_23(z), float(total[r][i / 2]), value);
+                    term = __fmaf_rn(value, scale[r][i / 2], -8388608.0f * scale[r][i / 2]);
                 } else {
-                    value = float(sum[r][n][i] - zero[r][i / 2] * group_sum[i % 2]);
+                    const int value = sum[r][n][i] - zero[r][i / 2] * s - z * total[r][i / 2];
+                    term = __fmul_rn(float(value), scale[r][i / 2]);
                 }
-                total[r][n][i] = __fmaf_rn(value, scale[r][i / 2], total[r][n][i]);
+                y[r][n][i] = __fadd_rn(y[r][n][i], term);
                 if constexpr (!G::groups_fit_blocks) sum[r][n][i] = G::sum_start;
             }
     }
@@ -211,7 +222,8 @@ __device__ inline void multiply_block(
 }
 
 // per channel: w_scale [N], w_zero int [N], w_sum int [N] (centered_sum), x_sum [8 MT].
-// grouped: w_scale [groups][N], w_zero unsigned char [groups][N], w_sum float [N] (offset), x_sum [groups][8 MT]; without zero points
+// grouped: w_scale [groups][N], w_zero unsigned char [groups][N], x_sum [groups][8 MT], w_sum int [groups][N] in order (group_total),
+// else float [N] (offset); without zero points
 // w_zero and x_sum are null. N is padded to 16 in all of them, MT is that of ACT_U8.
 // partials: split_k * blocks * tokens * rows sums; arrivals: one zero per block, left as zeros. Both null for split_k = 1.
 template <class C>
@@ -263,8 +275,11 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
 #pragma unroll
             for (int piece = slice_thread; piece < G::group_slots * G::rows / 4; piece += G::slice_threads) {
                 int group = first_group + piece / (G::rows / 4), row = first_row + piece % (G::rows / 4) * 4;
-                copy_async_16_or_zero(stage + G::scale_offset + 16 * piece, w_scale + (long long)(group)*padded_rows + row,
-                                      group < groups && row < padded_rows);
+                const long long place = (long long)(group)*padded_rows + row;
+                const bool inside = group < groups && row < padded_rows;
+                copy_async_16_or_zero(stage + G::scale_offset + 16 * piece, w_scale + place, inside);
+                if constexpr (G::in_order)
+                    copy_async_16_or_zero(stage + G::total_offset + 16 * piece, static_cast<const int*>(w_sum) + place, inside);
             }
         }
         if constexpr (G::zero_slots > 0) {
@@ -298,6 +313,12 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
                 copy_async_16(target + (c * C::tokens + i * G::slice_threads) * 16, token_source + piece_offset[i]);
             token_source += chunks_at_once * chunk_bytes;
         }
+        if constexpr (G::in_order) {
+            if (slice_thread < C::tokens / 4) {
+                const int token = first_token + slice_thread * 4;
+                copy_async_16_or_zero(stage + G::x_zero_offset + 16 * slice_thread, x_zero + token, token < column_tokens);
+            }
+        }
         if constexpr (G::zero_slots > 0) {
 #pragma unroll
             for (int four = slice_thread; four < G::zero_slots * C::tokens / 4; four += G::slice_threads) {
@@ -317,7 +338,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
             copy_async_4(row_scale + row, w_scale + first_row + row);
             copy_async_4(row_zero + row, static_cast<const int*>(w_zero) + first_row + row);
         }
-        copy_async_4(row_sum + row, static_cast<const int*>(w_sum) + first_row + row);
+        if constexpr (!G::in_order) copy_async_4(row_sum + row, static_cast<const int*>(w_sum) + first_row + row);
         if (bias) copy_async_4(row_bias + row, bias + first_row + row);
     }
     if constexpr (C::programmatic) {
@@ -326,7 +347,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
     }
     for (int token = thread; token < C::tokens && first_token + token < M; token += G::threads) {
         copy_async_4(token_scale + token, x_scale + first_token + token);
-        copy_async_4(token_zero + token, x_zero + first_token + token);
+        if constexpr (!G::in_order) copy_async_4(token_zero + token, x_zero + first_token + token);
         if constexpr (!C::grouped) copy_async_4(token_sum + token, x_sum + first_token + token);
     }
 #pragma unroll
@@ -426,7 +447,9 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
         float output[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            if constexpr (C::grouped)
+            if constexpr (G::in_order)
+                output[i] = __fmul_rn(value[i], token_scale[token]);
+            else if constexpr (C::grouped)
                 output[i] = output_grouped(value[i], __int_as_float(row_sum[row + i]), token_zero[token], token_scale[token]);
             else
                 output[i] = output_per_channel(value[i], row_zero[row + i], row_sum[row + i], row_scale[row + i], token_zero[token],
