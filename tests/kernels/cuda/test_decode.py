@@ -141,8 +141,8 @@ def test_registers_grow_with_what_is_kept_in_them():
         (2048, "W2A4", {90: "wgmma"}),  # eight pairs of planes: no gain over bytes
         (2048, "W2A2g128", {90: "wgmma"}),  # the binary product has no groups
         (1, "W4A16", dict.fromkeys(GPUS, "decode")),
-        (4, "W4A16g64", dict.fromkeys(GPUS, "decode")),
-        (8, "W4A16g64", {80: "decode", 90: "wgmma_f16", 120: "decode"}),
+        (16, "W4A16g64", dict.fromkeys(GPUS, "decode")),
+        (17, "W4A16g64", {80: "decode", 90: "wgmma_f16", 120: "decode"}),
         (64, "W4A16", {80: "dequantize", 90: "wgmma_f16", 120: "dequantize"}),
         (2048, "W4A16", dict.fromkeys(GPUS, "dequantize")),
         (2048, "W4A8g32", {80: "mma", 90: "mma"}),  # a group a step
@@ -165,7 +165,7 @@ def test_path(m, scheme, path):
         (plan.DECODE_COLUMNS // 8, "W2A8", "decode", "mma"),
         (plan.DECODE_COLUMNS // 4, "W2A3", "decode", "mma"),
         (plan.DECODE_COLUMNS // 2, "W2A2", "decode", "mma"),  # four tokens a tile
-        (plan.DECODE_TOKENS_F16[0], "W4A16", "decode", "wgmma_f16"),
+        (plan.DECODE_TOKENS_16, "W4A16", "decode", "wgmma_f16"),  # N = 4096: blocks for a quarter of the SMs
         (plan.WGMMA_F16_TOKENS, "W4A16g128", "wgmma_f16", "dequantize"),
         (plan.WGMMA_TOKENS - 1, "W4A8", "mma", "wgmma"),
         (plan.WGMMA_TOKENS - 1, "W4A8g128", "mma", "wgmma"),
@@ -174,6 +174,15 @@ def test_path(m, scheme, path):
 def test_path_changes_where_it_should(most, scheme, path, next_path):
     found = [plan.choose(problem(m, scheme), GPUS[90]).path for m in (most, most + 1)]
     assert found == [path, next_path]
+
+
+def test_floats_are_for_many_blocks():
+    """Warpgroup products of 16-bit activations take over earlier where there are rows for all SMs."""
+    few, many = (
+        [plan.choose(problem(m, "W4A16g128", n=n), GPUS[90]).path for m in (4, 8, 16)] for n in (4096, 8 * 16 * 132)
+    )
+    assert few == ["decode", "decode", "decode"]
+    assert many == ["decode", "wgmma_f16", "wgmma_f16"]
 
 
 def test_nine_planes_that_fit_no_register_file_are_refused():

@@ -153,8 +153,10 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
     share = -(-problem.row_tiles // sms) * problem.k_blocks * block_bytes(problem)  # bytes of an SM
     # Two blocks begin and end at different times, but each quantizes x; one may leave room for the next kernel's
     fuses = problem.m * problem.k_blocks <= FUSED_BLOCKS
-    one = 2 * share <= shared_limit or (fuses and problem.m * problem.k_blocks > FUSED_TWICE_BLOCKS)
-    warps = 16 if fuses and problem.m <= 2 else 8
+    few_rows = problem.m == 1 and problem.row_tiles <= 2 * sms
+    one = 2 * share <= shared_limit and not few_rows
+    one |= fuses and problem.m * problem.k_blocks > FUSED_TWICE_BLOCKS
+    warps = 16 if fuses and problem.m <= 2 and not few_rows else 8
 
     def preference(tile: Tile) -> tuple[float, ...]:
         steps = tile.rounds(problem, sms) * tile.x_blocks(problem)
@@ -164,6 +166,7 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
             tile.fused == fuses,
             queued,
             (tile.blocks_per_sm == 1) == one,
+            tile.warps > 4,
             -idle,
             tile.warps == warps,
             tile.warps,

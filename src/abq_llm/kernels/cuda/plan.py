@@ -16,7 +16,8 @@ Tile = decode.Tile | gemm_mma.Tile | gemm_wgmma.Tile
 DECODE_COLUMNS = 32  # of the binary product, up to which it beats the int8 product, whose activations are more compact
 DECODE_COLUMNS_GROUPED = 16  # the same for groups of 128 columns and more; shorter ones take too many binary products
 DECODE_TOKENS_16 = 32  # of 16-bit activations, up to which it beats a dequantized weight
-DECODE_TOKENS_F16 = 8, 4  # the same where warpgroup products of floats are the other way: per channel, in groups
+DECODE_TOKENS_F16 = 8, 4  # the same where warpgroup products of floats can be had, on every SM: per channel, in groups
+ROW_TILES_F16 = 8  # of a block of those products
 WGMMA_F16_TOKENS = 1024  # of 16-bit activations, up to which it beats a dequantized weight
 WGMMA_TOKENS = 65  # from which the warpgroup product is worth its larger blocks
 
@@ -58,9 +59,12 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
 
 
 def _decode_tokens_16(problem: Problem, gpu: Gpu) -> int:
-    if gpu.has_wgmma and gemm_wgmma_f16.takes(problem):
-        return DECODE_TOKENS_F16[problem.group_size > 0]
-    return DECODE_TOKENS_16
+    if not (gpu.has_wgmma and gemm_wgmma_f16.takes(problem)):
+        return DECODE_TOKENS_16
+    # `decode` takes time for every token and weight, the warpgroup product for every round of blocks, full or not
+    rows = ROW_TILES_F16 * gpu.sms
+    busy = problem.row_tiles / (-(-problem.row_tiles // rows) * rows)
+    return min(DECODE_TOKENS_16, int(DECODE_TOKENS_F16[problem.group_size > 0] / busy))
 
 
 def _many_tokens_16(problem: Problem, gpu: Gpu) -> Plan:
