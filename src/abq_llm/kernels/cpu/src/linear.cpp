@@ -32,7 +32,10 @@ const Level& able(const Level& level, const Weight& weight, Format format) {
 Tokens quantize(const Level& level, const float* x, int64_t count, const Columns& columns, Format format,
                 Buffer& memory, int threads) {
     const Tokens tokens(format, columns, count, level.width(count, format.bits == 16 ? 3 : 1), memory);
-    parallel(count, threads, [&](int64_t m) { level.quantize(x + m * columns.count, tokens, m); });
+    parallel(tokens.strips, threads, [&](int64_t strip) {  // whose tokens share cache lines
+        const int64_t first = strip * tokens.width, last = std::min(count, first + tokens.width);
+        for (int64_t m = first; m < last; ++m) level.quantize(x + m * columns.count, tokens, m);
+    });
     return tokens;
 }
 

@@ -3,6 +3,7 @@
 // What is computed is in `scalar.cpp`, in plain loops. A level V adds
 //     dot<P>(sums, codes, x)   sums[row] += codes[row][0 .. 3] * x[0 .. 3], for codes of P bits
 //     CODE_OFFSET<P>           what `dot` takes off each code
+//     multiply_add(a, b, c)    a * b + c for attention.h, rounded once where the CPU can
 //     halves(from)             LANES fp16 numbers as Floats; to_halves(floats, to) is the way back
 //     MOST_TOKENS(_A16)        of a strip: what the registers hold
 #pragma once
@@ -58,7 +59,7 @@ constexpr int64_t BYTES_AHEAD = 8192, GROUPS_AHEAD = 16;
 
 template <class V, int P, int D, int M>
 void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t strip, float* out) {
-    constexpr int N = D * M, C = N >= 4 ? 1 : 4 / N;
+    constexpr int N = D * M, C = (N + 3) / N;
     const Columns& columns = weight.columns;
     const bool narrow = weight.narrow;
     const uint8_t *codes = codes_of(weight, tile), *zero_at = table_of<uint8_t>(weight, weight.zero_at, tile);
