@@ -54,8 +54,9 @@ inline void multiply_block(Accumulator<N, C>& all, const uint8_t* block, const i
     (multiply_step<V, P, N, C, S>(all, block, x), ...);
 }
 
-// How far ahead memory is asked for: the hardware looks no further than a page of 4 KiB, and follows few streams.
-constexpr int64_t BYTES_AHEAD = 8192, GROUPS_AHEAD = 16;
+// How far ahead memory is asked for: the hardware looks no further than a page of 4 KiB, and follows few streams. Codes
+// are asked into L2 first: L1 can wait for few lines at a time, no match for the latency of DRAM.
+constexpr int64_t BYTES_TO_L2 = 8192, BYTES_TO_L1 = 2048, GROUPS_AHEAD = 16;
 
 template <class V, int P, int D, int M>
 void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t strip, float* out) {
@@ -84,7 +85,10 @@ void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t s
             blocks = D > 1 && SEGMENT_BLOCKS < left ? SEGMENT_BLOCKS : left;
             Accumulator<N, C> all{};
             for (int64_t b = 0; b < blocks; ++b, codes += VECTOR * P, x += BLOCK * N) {
-                for (int line = 0; line < P; ++line) __builtin_prefetch(codes + BYTES_AHEAD + VECTOR * line);
+                for (int line = 0; line < P; ++line) {
+                    __builtin_prefetch(codes + BYTES_TO_L2 + VECTOR * line, 0, 2);
+                    __builtin_prefetch(codes + BYTES_TO_L1 + VECTOR * line);
+                }
                 multiply_block<V, P>(all, codes, x, std::make_integer_sequence<int, STEPS>());
             }
 
