@@ -1,6 +1,6 @@
 """How long evaluation takes: 2048 tokens by the CPU backend and by the fp32 model. Writes one JSON record.
 
-    python benchmarks/cpu_evaluation.py --model MODEL --out benchmarks/results/NAME.json
+    OMP_WAIT_POLICY=passive python benchmarks/cpu_evaluation.py --model MODEL --out benchmarks/results/NAME.json
 
 Both are the Transformers model, forward and logits of all tokens included, taking turns; the median of some rounds.
 Random tokens: only the time counts.
