@@ -20,12 +20,21 @@ struct Shape {
 };
 
 // Not the intrinsics: those of GCC 12 do not say what memory they read and write.
-void configure() {
-    alignas(64) static constexpr Shape shape;
-    asm volatile("ldtilecfg %0" : : "m"(shape));
-}
+//
+// A thread's tiles have our shape while this lives, and then again that of the library that was there before: those
+// shape them once for all calls.
+class Shaped {
+   public:
+    Shaped() {
+        alignas(64) static constexpr Shape shape;
+        asm volatile("sttilecfg %0" : "=m"(before_));
+        asm volatile("ldtilecfg %0" : : "m"(shape));
+    }
+    ~Shaped() { asm volatile("ldtilecfg %0" : : "m"(before_)); }
 
-void release() { asm volatile("tilerelease"); }
+   private:
+    Shape before_;
+};
 
 template <int T>
 inline void load_tile(const void* from) {
@@ -85,7 +94,7 @@ void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t s
     alignas(64) int32_t stored[N * TILE];
     std::memset(out, 0, sizeof(float) * TILE * count);
 
-    configure();
+    const Shaped shaped;
     for (int64_t g = 0; g < columns.groups; ++g) {
         const Group group = groups.at(g, 0, 0);
         int64_t left = g + 1 < columns.groups ? columns.group_blocks : columns.last_blocks;
@@ -108,7 +117,6 @@ void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t s
             if constexpr (D > 1) x_scale += M;
         }
     }
-    release();
     if constexpr (D == 1)
         for (int m = 0; m < count; ++m) {
             const Floats y = load<Floats>(out + TILE * m) * x_scale[m];
