@@ -1,6 +1,6 @@
 """One token by the CPU kernels at every width, from a core's L2 and from DRAM. Writes one JSON record.
 
-    python benchmarks/cpu_kernels.py --out benchmarks/results/NAME.json
+    OMP_WAIT_POLICY=passive python benchmarks/cpu_kernels.py --out benchmarks/results/NAME.json
 
 `abq bench kernels` times what a layer of a model costs, Python included, which is longer than a small product takes.
 This calls the native function as often as a clock needs, quantization of the token included, and reports how fast it
