@@ -1,8 +1,9 @@
-// AMX: tiles of 16 x 64 codes, where there are many tokens. One instruction multiplies 16 tokens by 16 rows of the weight,
-// 64 columns of each. Few tokens are left to AVX-512.
+// AMX: tiles of 16 x 64 codes, where there are many tokens. One instruction multiplies 16 tokens by 16 rows of the
+// weight, 64 columns of each. Few tokens are left to AVX-512.
 #if defined(__AMX_INT8__)
 #include "avx512.h"
 
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -102,7 +103,8 @@ void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t s
             blocks = D > 1 && SEGMENT_BLOCKS < left ? SEGMENT_BLOCKS : left;
             clear(TILES);
             for (int64_t b = 0; b < blocks; b += 2, x += ROW * N) {
-                for (int64_t half = 0; half < smaller(2, blocks - b); ++half, block += VECTOR * P)  // else x holds zeros
+                // Where there is no second block, x holds zeros.
+                for (int64_t half = 0; half < smaller(2, blocks - b); ++half, block += VECTOR * P)
                     expand<P>(block, codes + STEPS * VECTOR * half, std::make_integer_sequence<int, STEPS>());
                 multiply(x, codes, TILES);
             }
@@ -156,14 +158,17 @@ Product product_for(int planes, int digits, int width) {
 
 // Linux hands a process the registers on request.
 bool supported() {
+    constexpr unsigned TILES_AND_INT8 = 3u << 24;
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;
-    return avx512.supported() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    unsigned a, b, c, d;
+    return avx512.supported() && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+           (d & TILES_AND_INT8) == TILES_AND_INT8 && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
 }  // namespace
 
-const Level amx{"amx", supported, width, quantize, product_for, norm, swiglu, dense<Avx512>, append<Avx512>, attend<Avx512>};
+const Level amx{"amx", supported, width, quantize, product_for, norm,
+                swiglu, dense<Avx512>, append<Avx512>, attend<Avx512>};
 
 }  // namespace abq
 #endif

@@ -55,7 +55,10 @@ void dense(const uint16_t* rows, int64_t count, int64_t columns, const float* x,
         Floats sums[4] = {};
         int64_t k = 0;
         for (; k + 4 * LANES <= columns; k += 4 * LANES)
-            for (int i = 0; i < 4; ++i) sums[i] = V::multiply_add(V::halves(rows + k + LANES * i), load<Floats>(x + k + LANES * i), sums[i]);
+            for (int i = 0; i < 4; ++i) {
+                const int64_t at = k + LANES * i;
+                sums[i] = V::multiply_add(V::halves(rows + at), load<Floats>(x + at), sums[i]);
+            }
         for (; k < columns; k += LANES) sums[0] = V::multiply_add(V::halves(rows + k), load<Floats>(x + k), sums[0]);
         y[n] = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
@@ -137,7 +140,8 @@ void score_some(const Head& head, int64_t position, const float* queries, const 
         UNROLL for (int q = 0; q < Q; ++q) {
             Floats score = s[q][b];
             if constexpr (BITS != 16)  // zero points are taken off at the end
-                score = (score - sums[q] * to_floats(load<Octets>(head.key_zero + at))) * load<Floats>(head.key_scale + at);
+                score = (score - sums[q] * to_floats(load<Octets>(head.key_zero + at))) *
+                        load<Floats>(head.key_scale + at);
             score *= scaling;
             std::memcpy(scores + q * stride + at, &score, sizeof score);
         }
@@ -197,7 +201,8 @@ void mix(const Head& head, int64_t length, const float* weights, int64_t stride,
             UNROLL for (int q = 0; q < Q; ++q) low[q][v] = V::multiply_add(Floats{} + factor[q], value, low[q][v]);
             if constexpr (BITS == 4) {
                 const Floats other = elements<V, BITS, true>(head.values, at);
-                UNROLL for (int q = 0; q < Q; ++q) high[q][v] = V::multiply_add(Floats{} + factor[q], other, high[q][v]);
+                UNROLL for (int q = 0; q < Q; ++q)
+                    high[q][v] = V::multiply_add(Floats{} + factor[q], other, high[q][v]);
             }
         }
     }

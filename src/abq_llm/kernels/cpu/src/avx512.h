@@ -22,7 +22,9 @@ struct Avx512 {
         sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, four);
     }
 
-    static Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+    static Floats multiply_add(Floats a, Floats b, Floats c) {
+        return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    }
     static Floats halves(const uint16_t* from) { return (Floats)_mm512_cvtph_ps(load<__m256i>(from)); }
     static void to_halves(Floats floats, uint16_t* to) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)floats, 0));

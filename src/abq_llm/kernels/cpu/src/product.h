@@ -99,7 +99,9 @@ class Groups {
 inline Floats to_floats(Ints numbers) { return __builtin_convertvector(numbers, Floats); }
 
 // What a segment adds to y, from its sums without zero points. At A16 they are D digits, STRIDE apart.
-inline Floats term(Ints sum, const Group& group, int32_t x_zero) { return to_floats(sum - group.total * x_zero) * group.scale; }
+inline Floats term(Ints sum, const Group& group, int32_t x_zero) {
+    return to_floats(sum - group.total * x_zero) * group.scale;
+}
 
 template <int D, int STRIDE>
 inline Floats term(const Floats* digits, const Group& group, float x_scale) {
