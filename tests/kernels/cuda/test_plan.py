@@ -44,7 +44,7 @@ def test_every_product_has_tiles_and_they_fit(planes, limit):
                 assert 32 * tile.warps_rows <= 16 * tile.tokens
                 assert tile.threads % (tile.rows // 8) == 0
                 # no slice of the columns is empty, no token tile would be without tokens
-                assert tile.warps_k * tile.split_k <= -(-k // BLOCK)
+                assert tile.warps_k <= -(-k // BLOCK)
                 assert tile.tokens < 2 * max(m, 8)
 
 
