@@ -151,8 +151,11 @@ def tables(args: argparse.Namespace) -> None:
         if args.doc:
             parts = []
             for heading, schemes in TABLES.items():
-                parts += [f"### {heading}", *perplexity_tables(rows, schemes)]
-            parts += ["### Zero-shot", *zero_shot_tables(rows), "### Cost", cost_table(runs)]
+                if any_calibrated(rows, schemes):
+                    parts += [f"### {heading}", *perplexity_tables(rows, schemes)]
+            if any_calibrated(rows, ZERO_SHOT):
+                parts += ["### Zero-shot", *zero_shot_tables(rows)]
+            parts += ["### Cost", cost_table(runs)]
             put_between_marks(args.doc, name, "\n\n".join(parts))
         print(f"{name}: {len(runs)} runs, {len(missing)} missing")
 
@@ -197,6 +200,11 @@ def write_record(path: Path, model: str, calib: str, runs: list[Record], missing
     lines = [json.dumps({key: value for key, value in run.items() if key not in dropped}) for run in runs]
     head = json.dumps(record, indent=1).removesuffix("\n}")
     path.write_text(f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", encoding="utf-8")
+
+
+def any_calibrated(rows: list[Record], schemes: tuple[str, ...]) -> bool:
+    """Whether anything at these schemes depends on the calibration text."""
+    return any(row["scheme"] in schemes and METHODS[row["method"]].needs_data for row in rows)
 
 
 def perplexity_tables(rows: list[Record], schemes: tuple[str, ...]) -> list[str]:
@@ -249,20 +257,18 @@ Shown = tuple[float | None, str]  # the larger the better, and what stands in th
 
 
 def grid(columns: list[str], cells: dict[tuple[str, str], Shown], methods: tuple[str, ...]) -> str:
-    """A Markdown table with a line for each method; the best of a column is bold."""
+    """A Markdown table with a line for each method; the best of a column is bold if none is missing."""
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    best = {
-        column: max(
-            (cells[column, method][0] for method in LINES if cells.get((column, method), (None,))[0] is not None),
-            default=None,
-        )
-        for column in columns
-    }
+    best = {}
+    for column in columns:  # of none, if some are missing
+        values = [cells.get((column, method), (None, MISSING)) for method in LINES]
+        if all(shown != MISSING for _, shown in values):
+            best[column] = max((value for value, _ in values if value is not None), default=None)
     for method in methods:
         line = [method]
         for column in columns:
             value, shown = cells.get((column, method), (None, MISSING))
-            bold = "**" if value is not None and value == best[column] and method != UNQUANTIZED else ""
+            bold = "**" if value is not None and value == best.get(column) and method != UNQUANTIZED else ""
             line.append(f"{bold}{shown}{bold}")
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)

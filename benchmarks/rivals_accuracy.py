@@ -190,12 +190,14 @@ def main() -> None:
         tokenizer.save_pretrained(f"{folder}/model")
         for scheme, rival in [each for each in wanted if each not in done]:
             out = Path(folder) / f"{scheme}_{rival}.json"
-            same = ["--scheme", scheme, "--tokens", args.tokens, "--device", args.device, "--out", str(out)]
-            command = [__file__, "--inside", rival, "--model", f"{folder}/model", *same]
-            source = str(Path(abq_llm.__file__).parent.parent)
+            tokens_file, script = Path(args.tokens).resolve(), Path(__file__).resolve()
+            same = ["--scheme", scheme, "--tokens", str(tokens_file), "--device", args.device, "--out", str(out)]
+            command = [str(script), "--inside", rival, "--model", f"{folder}/model", *same]
+            source = str(Path(abq_llm.__file__).resolve().parent.parent)
             try:
                 python = environment(rival, args.envs)
-                subprocess.run([python, *command], check=True, env={**os.environ, "PYTHONPATH": source})
+                environ = {**os.environ, "PYTHONPATH": source}
+                subprocess.run([python.absolute(), *command], check=True, env=environ, cwd=folder)  # some leave logs
             except subprocess.CalledProcessError as error:
                 result["failures"].append({"scheme": scheme, "rival": rival, "exit_code": error.returncode})
                 print(f"{scheme} {rival}: failed", flush=True)

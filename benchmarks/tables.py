@@ -68,8 +68,8 @@ def rivals(record: dict) -> None:
     """What `rivals_accuracy.py` measured, and `abq compare` on the same tokens: one line a scheme and system."""
     rows = [row for row in record["rows"] if row.get("method") != "fp"]
     texts = list(next(row["texts"] for row in rows if "rival" in row))
-    print("| scheme | system | " + " | ".join(f"{text}: perplexity | KL | top-1" for text in texts) + " | seconds |")
-    print("|---|---|" + "---|---|---|" * len(texts) + "---|")
+    print("| scheme | system | " + " | ".join(f"{text}: perplexity | KL | top-1" for text in texts) + " |")
+    print("|---|---|" + "---|---|---|" * len(texts))
     for row in sorted(rows, key=lambda row: row["scheme"], reverse=True):
         name = f"{row['rival']} {row['versions'][row['rival']]}" if "rival" in row else f"ours: {row['method']}"
         cells = [row["scheme"], name]
@@ -77,7 +77,7 @@ def rivals(record: dict) -> None:
             keys = ("perplexity", "kl", "top1_agreement")
             figures = [row["texts"][text][key] if "rival" in row else row[key][text] for key in keys]
             cells += [_short(figures[0]), _short(figures[1]), f"{figures[2]:.3f}"]
-        print("| " + " | ".join([*cells, f"{row['seconds']:,.0f}"]) + " |")
+        print("| " + " | ".join(cells) + " |")
 
 
 def _runs(record: dict) -> dict[str, list[dict]]:
