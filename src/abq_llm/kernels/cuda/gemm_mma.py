@@ -18,6 +18,7 @@ from torch import Tensor
 from abq_llm.kernels.cuda import jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES
 from abq_llm.kernels.cuda.gpus import gpu
+from abq_llm.kernels.cuda.problem import groups_in_block
 
 IN_ORDER_TOKENS = 64  # above it, tiles for groups are in order
 SMALLEST_SHARED_LIMIT = 99 * 1024  # bytes of a block on sm_86, 89, 120; 163 KiB on sm_80, 227 KiB on sm_90 and 100
@@ -52,9 +53,7 @@ def shared_bytes(tile: Tile, planes: int, group_words: int = 0, zero_point: bool
 
     group_words: columns of a group / 32, 0 for a scale per channel.
     """
-    slots = 0
-    if group_words:  # groups that meet a block of 8 words, which begins at most so far into one
-        slots = 1 + (group_words - math.gcd(group_words, 8) + 7) // group_words
+    slots = groups_in_block(group_words) if group_words else 0
     zeros = slots if zero_point else 0
     totals, x_zeros = (slots, 1) if group_words and tile.in_order else (0, 0)
     stage = 256 * tile.tokens + 32 * planes * tile.rows

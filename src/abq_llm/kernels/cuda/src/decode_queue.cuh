@@ -11,16 +11,6 @@
 
 #include "bulk.cuh"
 
-// Groups of `words` x 32 columns that meet a k-block of 8 words, at most
-__device__ constexpr int groups_in_block(int words) {
-    int most = 1;
-    for (int kb = 0; kb < words && kb < 64; kb++) {
-        int met = (8 * kb + 7) / words - 8 * kb / words + 1;
-        most = met > most ? met : most;
-    }
-    return most;
-}
-
 template <class C> struct WeightQueue {
     // A stage: planes of the warps' k-blocks | a table for each warp, if any: scales fp32 [groups_met][16] and zero points
     // [groups_met][16] bytes, or int32 [16] if not grouped

@@ -21,16 +21,8 @@
 #include "epilogue.cuh"
 #include "int8.cuh"
 
-__device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-// Groups that a block of 8 words meets at most
-__device__ constexpr int groups_in_block(int group_words) {
-    int most = 1;
-    for (int kb = 0; kb < group_words; kb++) most = larger(most, (8 * kb + 7) / group_words - 8 * kb / group_words + 1);
-    return most;
-}
-
 // Four 8x16-byte tiles (two if `b` has two registers), each from eight 16-byte rows whose addresses lanes 8i.. 8i+7 give
 __device__ inline void load_matrices(unsigned (&b)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
