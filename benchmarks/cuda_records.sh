@@ -35,7 +35,8 @@ bench kernels_30b --model-shapes 30b --rival torch $cutlass --no-check
 bench kernels_schemes --shape 11008x4096 --rival torch $widths $others -m 1 -m 8 -m 64 -m 2048
 bench kernels_humming --shape 11008x4096 --rival torch --rival humming -s W2A8 -s W4A8 -s W8A8 -s W2A16 -m 1 -m 8 -m 2048
 bench kernels_gemlite --shape 11008x4096 --rival torch --rival gemlite -s W2A16 -s W4A16g128 -s W8A8 -m 1 -m 16 -m 2048
-[ -e "$out/kernels_first_call_warm.json" ] || sh benchmarks/first_call.sh "$out/kernels_first_call" $commit
+[ -e "$out/kernels_first_call_warm.json" ] || sh benchmarks/first_call.sh "$out/kernels_first_call" \
+    -s W3A6g64 -s W5A7 --shape 4096x4096 -m 1 -m 16 -m 512 $commit
 if [ -n "${MODEL:-}" ]; then
     record backends_agree_cuda python benchmarks/backends_agree.py --model "$MODEL" --ppl "$TEXT" --calib "$CALIB" \
         --method gptq --scheme W8A8 --scheme W4A4 --scheme 'W2*A8g64' --scheme W4A16g64 --backend cuda $commit --out
