@@ -107,12 +107,23 @@ void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t s
                 multiply(x, codes, TILES);
             }
             store(stored, TILES);
-            for (int m = 0; m < count; ++m) {
-                Ints sums[D];
-                for (int d = 0; d < D; ++d)
-                    sums[d] = load<Ints>(stored + TILE * (d * M + m)) - group.zero * x_sums[d * M + m];
-                const Floats y = load<Floats>(out + TILE * m) + term<D, 1>(sums, group, x_zero[m], x_scale[m]);
+            auto add = [&](int m, Floats y) {
+                y += load<Floats>(out + TILE * m);
                 std::memcpy(out + TILE * m, &y, sizeof y);
+            };
+            if constexpr (D == 1) {
+                for (int m = 0; m < count; ++m)
+                    add(m, term(load<Ints>(stored + TILE * m) - group.zero * x_sums[m], group, x_zero[m]));
+            } else {  // digits stay below 2^24, so that fp32 is as exact, and faster
+                const Floats zero = to_floats(group.zero);
+                float float_sums[N];
+                for (int i = 0; i < N; ++i) float_sums[i] = float(x_sums[i]);
+                for (int m = 0; m < count; ++m) {
+                    Floats digits[D];
+                    UNROLL for (int d = 0; d < D; ++d)
+                        digits[d] = to_floats(load<Ints>(stored + TILE * (d * M + m))) - zero * float_sums[d * M + m];
+                    add(m, term<D, 1>(digits, group, x_scale[m]));
+                }
             }
             if constexpr (D > 1) x_scale += M;
         }

@@ -96,12 +96,15 @@ class Groups {
     const int16_t* short_;
 };
 
-// What a segment adds to y. sums: of the first digit, the others STRIDE behind one another, zero points taken off.
+inline Floats to_floats(Ints numbers) { return __builtin_convertvector(numbers, Floats); }
+
+// What a segment adds to y, from its sums without zero points. At A16 they are D digits, STRIDE apart.
+inline Floats term(Ints sum, const Group& group, int32_t x_zero) { return to_floats(sum - group.total * x_zero) * group.scale; }
+
 template <int D, int STRIDE>
-inline Floats term(const Ints* sums, const Group& group, int32_t x_zero, float x_scale) {
-    if constexpr (D == 1) return __builtin_convertvector(sums[0] - group.total * x_zero, Floats) * group.scale;
-    Floats value = __builtin_convertvector(sums[0], Floats);
-    for (int d = 1; d < D; ++d) value = value * 256.0f + __builtin_convertvector(sums[d * STRIDE], Floats);
+inline Floats term(const Floats* digits, const Group& group, float x_scale) {
+    Floats value = digits[0];
+    for (int d = 1; d < D; ++d) value = value * 256.0f + digits[d * STRIDE];
     return value * group.scale * x_scale;
 }
 
@@ -138,7 +141,13 @@ void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t s
                     for (int c = 1; c < C; ++c) sums[i] += all.sums[i][c][part];
                     sums[i] -= group.zero * x_sums[i];
                 }
-                UNROLL for (int m = 0; m < M; ++m) y[m][part] += term<D, M>(sums + m, group, x_zero[m], x_scale[m]);
+                if constexpr (D == 1) {
+                    UNROLL for (int m = 0; m < M; ++m) y[m][part] += term(sums[m], group, x_zero[m]);
+                } else {
+                    Floats digits[N];
+                    UNROLL for (int i = 0; i < N; ++i) digits[i] = to_floats(sums[i]);
+                    UNROLL for (int m = 0; m < M; ++m) y[m][part] += term<D, M>(digits + m, group, x_scale[m]);
+                }
             }
             if constexpr (D > 1) x_scale += M;
         }
