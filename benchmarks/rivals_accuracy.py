@@ -1,11 +1,13 @@
 """Other quantizers on the same tokens and windows: llm-compressor's GPTQ, GPTQModel, AutoRound. Writes one JSON record.
 
-    python benchmarks/rivals_accuracy.py --model MODEL --scheme W4A16g64 --calib TRAIN.raw --ppl TEST.raw \
-        --samples 8 --seqlen 256 --windows 3 --tokens tokens.safetensors --envs DIR --out benchmarks/results/NAME.json
+    python benchmarks/rivals_accuracy.py --model MODEL --scheme W4A16g64 --scheme W3A16g64 --calib TRAIN.raw \
+        --ppl TEST.raw --samples 8 --seqlen 256 --windows 3 --tokens tokens.safetensors --envs DIR \
+        --out benchmarks/results/NAME.json
 
 Each rival is installed from PyPI into an environment of its own, DIR/RIVAL, by the first run; there it quantizes the
 model in its own way, and `abq_llm.evaluation.evaluate` compares the result with the unquantized model. The tokens are
 drawn once, as `abq compare` draws them (the same seed gives it the same), and written to a file that is used again.
+What is in the record already is kept, and only what is missing is run.
 Weight-only schemes, the only ones that all of them have: asymmetric, W<bits>A16g<size>. Their other settings stay as
 their authors set them.
 """
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,8 @@ def run(args: argparse.Namespace) -> dict:
     from abq_llm.evaluation import evaluate
     from abq_llm.scheme import Scheme
 
-    scheme = Scheme.parse(args.scheme)
+    (text,) = args.scheme
+    scheme = Scheme.parse(text)
     if scheme.activation is not None or scheme.kv is not None or scheme.weight is None or not scheme.group_size:
         raise SystemExit(f"{scheme}: the rivals have weight-only schemes with groups, such as W4A16g64")
     if scheme.weight.balanced:
@@ -144,7 +146,7 @@ def environment(rival: str, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--scheme", required=True)
+    parser.add_argument("--scheme", action="append", required=True)
     parser.add_argument("--rival", action="append", choices=list(PACKAGES), help="Default: all.")
     parser.add_argument("--calib")
     parser.add_argument("--ppl", action="append", default=[])
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--tokens", required=True)
     parser.add_argument("--envs", type=Path, default=Path("rivals"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", help="What to call the model; default: its file's name.")
     parser.add_argument("--inside", choices=list(PACKAGES), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -164,6 +167,7 @@ def main() -> None:
 
     import abq_llm
     from abq_llm.data import TokenSet
+    from abq_llm.devices import device_name
     from abq_llm.models import load_model
 
     model, tokenizer = load_model(args.model)
@@ -171,26 +175,32 @@ def main() -> None:
         draw_tokens(args, model, tokenizer)
     tokens = {name: TokenSet(name, each) for name, each in load_file(args.tokens).items()}
     result = {
-        "device": torch.cuda.get_device_name() if args.device != "cpu" else platform.processor() or platform.machine(),
-        "model": Path(args.model).name,
+        "device": device_name(torch.device(args.device)),
+        "model": args.name or Path(args.model).name,
         "tokens": {name: {"shape": list(each.tokens.shape), "sha256": each.sha256} for name, each in tokens.items()},
         "rows": [],
         "failures": [],
     }
+    if args.out.exists():
+        result["rows"] = json.loads(args.out.read_text())["rows"]
+    done = {(row["scheme"], row["rival"]) for row in result["rows"]}
+    wanted = [(scheme, rival) for scheme in args.scheme for rival in args.rival or PACKAGES]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
         tokenizer.save_pretrained(f"{folder}/model")
-        for rival in args.rival or PACKAGES:
-            out = Path(folder) / f"{rival}.json"
-            same = ["--scheme", args.scheme, "--tokens", args.tokens, "--device", args.device, "--out", str(out)]
-            command = [__file__, "--inside", rival, "--model", f"{folder}/model", *same]
-            source = str(Path(abq_llm.__file__).parent.parent)
+        for scheme, rival in [each for each in wanted if each not in done]:
+            out = Path(folder) / f"{scheme}_{rival}.json"
+            tokens_file, script = Path(args.tokens).resolve(), Path(__file__).resolve()
+            same = ["--scheme", scheme, "--tokens", str(tokens_file), "--device", args.device, "--out", str(out)]
+            command = [str(script), "--inside", rival, "--model", f"{folder}/model", *same]
+            source = str(Path(abq_llm.__file__).resolve().parent.parent)
             try:
                 python = environment(rival, args.envs)
-                subprocess.run([python, *command], check=True, env={**os.environ, "PYTHONPATH": source})
+                environ = {**os.environ, "PYTHONPATH": source}
+                subprocess.run([python.absolute(), *command], check=True, env=environ, cwd=folder)  # some leave logs
             except subprocess.CalledProcessError as error:
-                result["failures"].append({"rival": rival, "exit_code": error.returncode})
-                print(f"{rival}: failed", flush=True)
+                result["failures"].append({"scheme": scheme, "rival": rival, "exit_code": error.returncode})
+                print(f"{scheme} {rival}: failed", flush=True)
             else:
                 result["rows"].append(json.loads(out.read_text()))
                 print(json.dumps(result["rows"][-1]), flush=True)

@@ -3,6 +3,7 @@
 python benchmarks/tables.py accuracy benchmarks/results/smollm2_h100.json benchmarks/results/smollm2_w2_h100.json
 python benchmarks/tables.py ablation benchmarks/results/smollm2_ablation_h100.json
 python benchmarks/tables.py integer benchmarks/results/integer_only_cpu.json
+python benchmarks/tables.py rivals benchmarks/results/rivals_smollm2_cpu.json benchmarks/results/rivals_ours_cpu.json
 """
 
 from __future__ import annotations
@@ -45,43 +46,6 @@ def ablation(record: dict) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def comparison(rows: list[dict], schemes: tuple[str, ...]) -> str:
-    """Of the rows "over_seeds" of `abq compare`: one line a scheme and method, the unquantized model first."""
-    texts = list(rows[0]["perplexity"])
-    lines = ["| scheme | method | bits/weight | " + " | ".join(f"{text} | KL | top-1" for text in texts)]
-    lines[0] += " | seconds | peak memory |"
-    lines.append("|---|---|---|" + "---|---|---|" * len(texts) + "---|---|")
-    for row in [row for scheme in ("W16A16", *schemes) for row in rows if row["scheme"] == scheme]:
-        cells = [row["scheme"], row["method"], f"{row['bits_per_weight']['mean']:.2f}"]
-        cells += [_mean_std(row[key][text]) for text in texts for key in ("perplexity", "kl", "top1_agreement")]
-        seconds, peak = row["seconds"], row["peak_memory_bytes"]
-        cells.append(f"{seconds['mean']:,.0f}" if seconds else "")
-        cells.append(f"{peak['mean'] / 1e6:,.0f} MB" if peak else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def zero_shot(rows: list[dict]) -> str:
-    """Of the same rows: acc_norm by task, or acc where there is no other, and their mean, in percent."""
-    tasks = list(rows[0]["tasks"])
-    lines = ["| scheme | method | " + " | ".join(tasks) + " | mean |", "|---|---|" + "---|" * (len(tasks) + 1)]
-    for row in rows:
-        scores = [row["tasks"][task]["acc_norm"] or row["tasks"][task]["acc"] for task in tasks]
-        cells = [_mean_std(score, percent=True) for score in (*scores, row["accuracy"])]
-        lines.append("| " + " | ".join([row["scheme"], row["method"], *cells]) + " |")
-    return "\n".join(lines)
-
-
-def _mean_std(spread: dict | None, percent: bool = False) -> str:
-    """ "12.3 ± 0.4"; of one seed "12.3"; nothing for what could not be measured."""
-    if spread is None:
-        return ""
-    mean, std = spread["mean"], spread["std"]
-    if percent:
-        return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-    return _short(mean) + ("" if std is None else f" ± {std:.2g}")
-
-
 def integer(record: dict) -> None:
     """One line a mode: what `integer_only.py` measured, from fp32 and from the normal mode of the checkpoint."""
     print("| checkpoint | mode | perplexity | KL from fp32 | KL from normal | top-1 as normal |")
@@ -98,6 +62,22 @@ def integer(record: dict) -> None:
                 ]
                 cells += ["", ""] if mode == "normal" else [_short(own["kl"]), f"{own['top1_agreement']:.3f}"]
                 print("| " + " | ".join(cells) + " |")
+
+
+def rivals(record: dict) -> None:
+    """What `rivals_accuracy.py` measured, and `abq compare` on the same tokens: one line a scheme and system."""
+    rows = [row for row in record["rows"] if row.get("method") != "fp"]
+    texts = list(next(row["texts"] for row in rows if "rival" in row))
+    print("| scheme | system | " + " | ".join(f"{text}: perplexity | KL | top-1" for text in texts) + " |")
+    print("|---|---|" + "---|---|---|" * len(texts))
+    for row in sorted(rows, key=lambda row: row["scheme"], reverse=True):
+        name = f"{row['rival']} {row['versions'][row['rival']]}" if "rival" in row else f"ours: {row['method']}"
+        cells = [row["scheme"], name]
+        for text in texts:
+            keys = ("perplexity", "kl", "top1_agreement")
+            figures = [row["texts"][text][key] if "rival" in row else row[key][text] for key in keys]
+            cells += [_short(figures[0]), _short(figures[1]), f"{figures[2]:.3f}"]
+        print("| " + " | ".join(cells) + " |")
 
 
 def _runs(record: dict) -> dict[str, list[dict]]:
@@ -129,4 +109,4 @@ if __name__ == "__main__":
         with open(path) as file:
             records.append(json.load(file))
     merged = {**records[0], "rows": [row for record in records for row in record["rows"]]}
-    {"accuracy": accuracy, "ablation": ablation, "integer": integer}[sys.argv[1]](merged)
+    {"accuracy": accuracy, "ablation": ablation, "integer": integer, "rivals": rivals}[sys.argv[1]](merged)

@@ -25,6 +25,20 @@ def pick_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def pick_devices(names: str) -> list[torch.device]:
+    """The devices of names with commas between them, all of one type; "auto" is every GPU, or else the CPU.
+
+    Raises:
+        AbqError: see `pick_device`, or devices of two types.
+    """
+    if names == "auto" and torch.cuda.is_available():
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices = [pick_device(name.strip()) for name in names.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise AbqError(f"devices {names!r}: are of two types, whose figures differ")
+    return list(dict.fromkeys(devices))
+
+
 def device_name(device: torch.device) -> str:
     """What to call `device` in a record: the GPU's name, or the processor's and how many threads torch uses of it."""
     if device.type == "cuda":

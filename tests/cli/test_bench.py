@@ -100,6 +100,7 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch):
         (("-s", "W16A16"), "W16A16: its weights stay floating point"),
         (("--shape", "4096"), "--shape 4096: is not NxK"),
         (("--model-shapes", "8b"), "--model-shapes 8b: is not one of 7b, 13b, 30b"),
+        (("--rival", "abacus"), "--rival abacus: is not one of torch, cutlass, humming, gemlite"),
         (("--backend", "abacus"), "unknown backend 'abacus'"),
         (("--device", "abacus"), "device 'abacus' is no device"),
         (("--plot", "/nowhere/b.png"), "--plot /nowhere/b.png: its folder cannot be written to"),
@@ -118,9 +119,9 @@ def test_a_plot_needs_matplotlib(tmp_path, monkeypatch):
 
 def test_the_linears_of_a_model():
     seven = [(4096, 4096), (11008, 4096), (4096, 11008)]
-    assert _shapes([], None) == _shapes([], "7b") == seven
-    assert _shapes(["4096x4096", "8x16"], "7b") == [(4096, 4096), (8, 16), *seven[1:]]
-    assert _shapes(["8x16"], None) == [(8, 16)]
+    assert _shapes([], []) == _shapes([], ["7b"]) == seven
+    assert _shapes(["4096x4096", "8x16"], ["7b"]) == [(4096, 4096), (8, 16), *seven[1:]]
+    assert _shapes(["8x16"], []) == [(8, 16)]
 
 
 def test_the_commit_is_of_this_code_or_none():

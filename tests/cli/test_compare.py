@@ -59,7 +59,7 @@ def test_only_what_is_missing_is_computed(options, tmp_path, monkeypatch):
     again = report(abq("compare", *options, "-s", "W4A16", "--methods", "rtn"), tmp_path / "c.json")
     assert again == before and computed == []
     report(abq("compare", *options, "-s", "W4A16", "-s", "W3A16", "--methods", "rtn,gptq"), tmp_path / "c.json")
-    assert computed == [("W4A16", "gptq"), ("W3A16", "rtn"), ("W3A16", "gptq")]
+    assert computed == [("W4A16", "gptq"), ("W3A16", "gptq"), ("W3A16", "rtn")]  # the longest first
 
 
 def test_one_method_in_two_words_is_one_row(options, tmp_path):
@@ -105,7 +105,7 @@ def test_an_interrupted_comparison_goes_on(options, tmp_path, monkeypatch):
     quantize = comparison.quantize
 
     def interrupted(model, scheme, method, *rest, **options):
-        if method.name == "gptq":
+        if method.name == "rtn":
             raise KeyboardInterrupt
         return quantize(model, scheme, method, *rest, **options)
 
@@ -164,6 +164,8 @@ def test_seeds_are_a_list_of_integers():
         (("-s", "W4A8", "--task-path", "/nowhere"), ("--task-path /nowhere: needs --tasks",)),
         (("-s", "W4A8", "--tasks", "piqa", "--task-path", "/nowhere"), ("--task-path /nowhere: no such folder",)),
         (("-s", "W4A8", "--csv", "/nowhere/c.csv"), ("--csv /nowhere/c.csv",)),
+        (("-s", "W4A8", "--device", "cpu,cuda:77"), ("'cuda:77'",)),
+        (("-s", "W4A8", "--device", "cpu,meta"), ("two types",)),
         (("-s", "W4A8", "--backend", "abacus"), ("unknown backend 'abacus'",)),
     ],
 )

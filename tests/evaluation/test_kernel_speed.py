@@ -8,9 +8,9 @@ import torch
 
 from abq_llm import kernels
 from abq_llm.errors import AbqError
-from abq_llm.evaluation import kernel_speed, kernels_compared
+from abq_llm.evaluation import kernel_speed
 from abq_llm.evaluation.kernel_speed import Failure, Row, measure
-from abq_llm.evaluation.kernels_compared import Kernel, Loaded, humming, ours, random_weight, torch_fp16, torch_int8
+from abq_llm.evaluation.kernels_compared import Kernel, Loaded, ours, random_weight, torch_fp16, torch_int8
 from abq_llm.kernels import reference
 from abq_llm.packing import unpack_planes
 from abq_llm.scheme import Scheme
@@ -123,6 +123,21 @@ def test_the_output_must_have_the_shape():
     assert failure.error == "the output is (3, 40)"
 
 
+def test_a_rival_must_compute_the_product():
+    def load(n, k, device):
+        dense = torch.linspace(-1, 1, n * k).view(n, k).half()
+        return Loaded(dense, dense.nbytes, dense)
+
+    right = Kernel("right", "W8A8", load, lambda x, dense: 1.01 * torch.nn.functional.linear(x, dense))
+    wrong = replace(right, name="wrong", linear=lambda x, dense: torch.nn.functional.linear(x, dense.flip(0)))
+    broken = replace(right, name="broken", linear=lambda x, dense: right.linear(x, dense) * float("nan"))
+    rows = run(right, wrong, broken, tokens=(3,))
+    assert [type(row) for row in rows] == [Row, Failure, Failure]
+    assert rows[1].error.startswith("the output is not the product: their cosine is ")
+    assert rows[2].error.endswith("nan")
+    assert [type(row) for row in run(wrong, tokens=(3,), check=False)] == [Row]
+
+
 def test_copies_take_turns(monkeypatch):
     seen = []
 
@@ -149,7 +164,7 @@ def test_how_many_copies(monkeypatch, weight_bytes, copies):
 
 def test_int8_is_the_product_of_codes():
     kernel = torch_int8()
-    weight, size = kernel.load(16, 8, CPU)
+    weight, size, _ = kernel.load(16, 8, CPU)
     x = torch.randn(3, 8).half()
     codes = (x / x.abs().amax() * 127).round().long()
     assert size == 128 and torch.equal(kernel.linear(x, weight).long(), codes @ weight.long())
@@ -158,14 +173,6 @@ def test_int8_is_the_product_of_codes():
 def test_weights_that_stay_floating_point_are_refused():
     with pytest.raises(AbqError, match="W16A16"):
         ours("reference", Scheme.parse("W16A16"))
-
-
-def test_humming_has_the_schemes_that_it_has():
-    has = {
-        scheme: humming(Scheme.parse(scheme)) is not None for scheme in ("W2A8", "W4A16g128", "W2*A8", "W4A6", "W4A4")
-    }
-    assert has == {"W2A8": True, "W4A16g128": True, "W2*A8": False, "W4A6": False, "W4A4": True}
-    assert kernels_compared.humming_missing() in (None, "humming: not installed, skipped")
 
 
 def test_the_bandwidth_is_some_bytes_a_second():

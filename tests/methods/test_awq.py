@@ -140,7 +140,7 @@ def test_it_beats_round_to_nearest_on_outlier_channels():
 
 
 def test_errors_that_are_not_finite_leave_the_block_unscaled(monkeypatch):
-    monkeypatch.setattr(awq, "scaled_error", lambda *args: math.nan)
+    monkeypatch.setattr(awq, "scaled_error", lambda *args: torch.tensor(math.nan))
     task = first_block(tiny_model(), "W3A16g32")
     before = block_parameters(copy.deepcopy(task.block))
     Awq().quantize_block(task)

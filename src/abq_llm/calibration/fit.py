@@ -30,8 +30,10 @@ def split_samples(task: BlockTask) -> Samples:
 
 
 def take(task: BlockTask, streams: Sequence[Tensor], samples: Tensor) -> list[Tensor]:
-    """Some samples (int64) of streams that may live elsewhere, on the task's device."""
-    return [stream[samples.to(stream.device)].to(task.device) for stream in streams]
+    """Some samples (int64) of streams that may live elsewhere, on the task's device; the GPU is not waited for."""
+    places = {stream.device for stream in streams}
+    indices = {place: samples.to(place, non_blocking=True) for place in places}
+    return [stream[indices[stream.device]].to(task.device) for stream in streams]
 
 
 def fit(

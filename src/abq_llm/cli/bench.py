@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,16 +11,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from abq_llm.cli.common import JsonFile, check_json, commit_of_code, figure, progress_bar, read_shape, write_json
+from abq_llm.cli.common import (
+    JsonFile,
+    check_json,
+    commit_of_code,
+    counter,
+    figure,
+    progress_bar,
+    read_shape,
+    write_json,
+)
 from abq_llm.errors import AbqError
 
 if TYPE_CHECKING:
+    import torch
+
     from abq_llm.evaluation.kernel_speed import Row
+    from abq_llm.evaluation.kernels_compared import Kernel
+    from abq_llm.scheme import Scheme
 
 SCHEMES = ("W2A8", "W2*A8", "W3A8", "W4A8", "W8A8", "W4A4", "W6A6", "W2A2", "W2A16", "W4A16g128")
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 2048)
+RIVALS = ("torch", "cutlass", "humming", "gemlite")
 LLAMA = {"7b": (4096, 11008), "13b": (5120, 13824), "30b": (6656, 17920)}  # hidden and intermediate size
 
 bench = typer.Typer(help="Measure how fast the kernels are on this machine.", no_args_is_help=True)
@@ -39,7 +55,8 @@ def bench_kernels(
         list[str] | None, typer.Option(metavar="NxK", help="Output x input features of a linear; repeatable.")
     ] = None,
     model_shapes: Annotated[
-        str | None, typer.Option(metavar="|".join(LLAMA), help="The linears of LLaMA of this size (default: 7b).")
+        list[str] | None,
+        typer.Option(metavar="|".join(LLAMA), help="The linears of LLaMA of this size; repeatable (default: 7b)."),
     ] = None,
     tokens: Annotated[
         list[int] | None,
@@ -47,11 +64,19 @@ def bench_kernels(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     backend: Annotated[str, typer.Option(help="Our kernels: auto, reference, ...")] = "auto",
-    rivals: Annotated[
-        bool,
-        typer.Option(help="Also time torch in fp16 and int8 (on a CPU, fp32 and bf16), and on a GPU humming."),
-    ] = True,
-    check: Annotated[bool, typer.Option(help="Compare with the reference backend, up to 64 tokens.")] = True,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(RIVALS), help="Whose kernels to time, too; repeatable (default: all there are)."),
+    ] = None,
+    rivals: Annotated[bool, typer.Option(help="Time others' kernels at all.")] = True,
+    cutlass: Annotated[
+        Path | None, typer.Option(metavar="LIBRARY", help="That benchmarks/cutlass/build.sh has made.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Compare ours with the reference backend, up to 64 tokens.")] = True,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that first run everything once, to compile (default: compile as needed)."),
+    ] = None,
     commit: Annotated[
         str | None, typer.Option(help="Recorded as that of the code, where there is no git history.")
     ] = None,
@@ -61,11 +86,9 @@ def bench_kernels(
     """Time linear layers of any scheme on cold weights, activation quantization included."""
     check_json(json_file)
     check_json(plot, "--plot")
-    import torch
-
     from abq_llm import kernels
     from abq_llm.devices import device_name, pick_device
-    from abq_llm.evaluation import kernel_plot, kernel_speed, kernels_compared
+    from abq_llm.evaluation import kernel_plot, kernel_speed
     from abq_llm.scheme import Scheme
 
     if plot:
@@ -73,23 +96,17 @@ def bench_kernels(
     place = pick_device(device)
     name = kernels.choose_backend(backend, place)
     schemes = [Scheme.parse(text) for text in dict.fromkeys(scheme or SCHEMES)]
-    sizes = _shapes(shape or [], model_shapes)
+    sizes = _shapes(shape or [], model_shapes or [])
     counts = list(dict.fromkeys(tokens or TOKENS))
-    candidates = [kernels_compared.ours(name, parsed) for parsed in schemes]
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    if rivals:
-        candidates[:0] = [kernels_compared.torch_fp16(), kernels_compared.torch_int8()]
-        if place.type == "cpu":
-            candidates[1:1] = map(kernels_compared.torch_on_cpu, (torch.float32, torch.bfloat16))
-        if place.type == "cuda" and (missing := kernels_compared.humming_missing()):
-            errors.print(missing)
-        elif place.type == "cuda":
-            candidates += filter(None, map(kernels_compared.humming, schemes))
+    candidates = _candidates(name, schemes, place, _rivals(rival, rivals, place), cutlass, errors)
 
     bandwidth = kernel_speed.read_bandwidth(place)
     rows: list[Row] = []
     failures: list[kernel_speed.Failure] = []
     with progress_bar(errors) as bar:
+        if jobs:
+            _compile(candidates, sizes, counts, place, jobs, check, bar)
         task = bar.add_task("kernels", total=len(candidates) * len(sizes) * len(counts), note="")
         for result in kernel_speed.measure(candidates, sizes, counts, place, bandwidth=bandwidth, check=check):
             if isinstance(result, kernel_speed.Failure):
@@ -107,7 +124,7 @@ def bench_kernels(
         "device": device_name(place),
         "backend": name,
         "bandwidth_gb_per_s": bandwidth / 1e9,
-        "versions": _versions(),
+        "versions": _versions(cutlass),
         "commit": commit or commit_of_code(),
         "rows": [asdict(row) for row in rows],
         "failures": [asdict(failure) for failure in failures],
@@ -119,18 +136,63 @@ def bench_kernels(
         kernel_plot.draw(rows, bandwidth, plot, title=device_name(place))
 
 
-def _shapes(texts: list[str], model: str | None) -> list[tuple[int, int]]:
-    """ "NxK" texts and the linears of a model -> (n, k), each once."""
-    if model is not None and model not in LLAMA:
-        raise AbqError(f"--model-shapes {model}: is not one of {', '.join(LLAMA)}")
+def _rivals(names: list[str] | None, any_at_all: bool, place: torch.device) -> list[str]:
+    for name in names or []:
+        if name not in RIVALS:
+            raise AbqError(f"--rival {name}: is not one of {', '.join(RIVALS)}")
+    there = RIVALS if place.type == "cuda" else RIVALS[:1]
+    return [name for name in names or there if name in there] if any_at_all else []
+
+
+def _candidates(
+    backend: str, schemes: list[Scheme], place: torch.device, names: list[str], library: Path | None, errors: Console
+) -> list[Kernel]:
+    """Ours and those of the rivals `names`, torch's fp16 first. A line of `errors` for each rival that is not there."""
+    import torch
+
+    from abq_llm.evaluation import kernels_compared, rivals
+
+    torchs = []
+    if "torch" in names:
+        dtypes = (torch.float32, torch.bfloat16) if place.type == "cpu" else ()
+        torchs = [kernels_compared.torch_fp16(), *map(kernels_compared.torch_on_cpu, dtypes)]
+        torchs.append(kernels_compared.torch_int8())
+    others, missing = rivals.find(names, schemes, library)
+    for line in missing:
+        errors.print(line)
+    return [*torchs, *(kernels_compared.ours(backend, scheme) for scheme in schemes), *others]
+
+
+def _compile(
+    candidates: list[Kernel],
+    shapes: list[tuple[int, int]],
+    tokens: list[int],
+    place: torch.device,
+    processes: int,
+    check: bool,
+    bar: Progress,
+) -> None:
+    from abq_llm.evaluation.compile_ahead import compile_ahead
+
+    try:
+        progress = counter(bar, "compile")
+        compile_ahead(candidates, shapes, tokens, place, processes, check=check, progress=progress)
+    except BrokenExecutor:
+        bar.console.print("a process that compiled has died; what is missing is compiled as needed")
+
+
+def _shapes(texts: list[str], models: list[str]) -> list[tuple[int, int]]:
+    """ "NxK" texts and the linears of models -> (n, k), each once."""
     shapes = []
     for text in texts:
         pair = read_shape(text)
         if pair is None:
             raise AbqError(f"--shape {text}: is not NxK, for example 4096x11008")
         shapes.append(pair)
-    if model or not texts:
-        hidden, intermediate = LLAMA[model or "7b"]
+    for model in models if models or texts else ["7b"]:
+        if model not in LLAMA:
+            raise AbqError(f"--model-shapes {model}: is not one of {', '.join(LLAMA)}")
+        hidden, intermediate = LLAMA[model]
         shapes += [(hidden, hidden), (intermediate, hidden), (hidden, intermediate)]
     return list(dict.fromkeys(shapes))
 
@@ -162,15 +224,18 @@ def _table(rows: list[Row], caption: str) -> Table:
     return table
 
 
-def _versions() -> dict[str, str]:
+def _versions(cutlass_library: Path | None = None) -> dict[str, str]:
     import torch
 
     import abq_llm
+    from abq_llm.evaluation import cutlass
 
     versions = {"abq_llm": abq_llm.__version__, "python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
-    for package in ("cuda-core", "humming-kernels"):
+    if cutlass_library:
+        versions["cutlass"] = cutlass.version(cutlass_library)
+    for package in ("cuda-core", "humming-kernels", "gemlite", "triton"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

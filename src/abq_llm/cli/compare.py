@@ -5,15 +5,9 @@ from __future__ import annotations
 import ast
 import csv
 import functools
-import hashlib
-import multiprocessing
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,9 +32,10 @@ from abq_llm.cli.eval import read_texts
 from abq_llm.errors import AbqError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
 
-    from abq_llm.evaluation.comparison import Cell, Record, Setup
+    from abq_llm.evaluation.comparison import Cell, Record
+    from abq_llm.evaluation.comparison_jobs import Job
     from abq_llm.methods import Method
 
 
@@ -68,9 +63,14 @@ def compare(
     seeds: Annotated[
         str, typer.Option(metavar="N,N", help="Methods that train run with each, the others with the first.")
     ] = "0",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(metavar="NAME,NAME", help="cpu, or GPUs to spread the results over: cuda:0,cuda:1; auto: all."),
+    ] = "auto",
     backend: Annotated[str, typer.Option(help="Kernels of the packed models: auto, reference, ...")] = "auto",
-    jobs: Annotated[int, typer.Option(min=1, help="Results computed at the same time.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Results computed at the same time, on all devices together: one on each.")
+    ] = None,
     commit: Annotated[
         str | None, typer.Option(help="Recorded as that of the code, where there is no git history.")
     ] = None,
@@ -89,8 +89,9 @@ def compare(
     names, seed_list = read_tasks(tasks, task_path), _seeds(seeds)
     from abq_llm import kernels
     from abq_llm.data import calibration_tokens
-    from abq_llm.devices import pick_device
+    from abq_llm.devices import pick_devices
     from abq_llm.evaluation import comparison, comparison_plot, kernel_plot
+    from abq_llm.evaluation.comparison_jobs import longest_first
     from abq_llm.integrations import lm_eval
     from abq_llm.quantize import check_model
     from abq_llm.scheme import Scheme
@@ -102,8 +103,8 @@ def compare(
     for label in methods.split(","):
         if (method := _method(label, epochs)) not in chosen.values():
             chosen[label] = method
-    place = pick_device(device)
-    actual_backend = kernels.choose_backend(backend, place)
+    devices = pick_devices(device)
+    actual_backend = kernels.choose_backend(backend, devices[0])
     if names:
         lm_eval.load_tasks(names, task_path)  # a task that cannot be read is refused now
     quiet_libraries()
@@ -112,30 +113,24 @@ def compare(
         check_model(network, parsed)
     sources = ppl or ["wikitext2"]
     if "self" in (calib, *sources):
-        network.to(place)  # type: ignore[arg-type]  # it writes the text: where that is fast
+        network.to(devices[0])  # type: ignore[arg-type]  # it writes the text: where that is fast
     texts = read_texts(sources, tokenizer, network, limit)
     draw = functools.cache(
         lambda seed: calibration_tokens(calib, tokenizer, samples=samples, seqlen=seqlen, seed=seed, model=network)
     )
-    cells = [comparison.Cell("W16A16", comparison.UNQUANTIZED)]
-    for parsed in schemes:
-        for label, method in chosen.items():
-            for seed in seed_list if hasattr(method, "epochs") else seed_list[:1]:
-                tokens = draw(seed) if method.needs_data else None
-                cells.append(comparison.Cell(str(parsed), label, method, seed, tokens))
+    cells = comparison.cells(schemes, chosen, seed_list, draw)
     network.to("cpu")  # type: ignore[arg-type]
     setup = comparison.Setup(
         model=model,
         model_sha256=comparison.hash_model(network),
-        device=place,
+        device=devices[0],
         backend=actual_backend,
         texts=tuple(texts),
         batch_size=batch_size,
-        tasks=_Tasks(tuple(names), task_path, limit) if names else None,
+        tasks=lm_eval.HarnessTasks(tuple(names), task_path, limit) if names else None,
         commit=commit or commit_of_code(),
     )
-    output.mkdir(parents=True, exist_ok=True)
-    failures = _compute(cells, setup, output, jobs)
+    failures = compute_missing(longest_first([(cell, setup) for cell in cells]), output, devices, jobs or len(devices))
     records = []
     for cell in cells:
         if record := comparison.read(comparison.file_of(output, cell, setup)):
@@ -180,47 +175,24 @@ def _method(label: str, epochs: int) -> Method:
     return method
 
 
-@dataclass(frozen=True)
-class _Tasks:
-    """The harness's tasks as `comparison.Setup` wants them."""
-
-    names: tuple[str, ...]
-    path: Path | None
-    limit: int | None
-
-    def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        from abq_llm.integrations.lm_eval import evaluate_tasks
-
-        scores = evaluate_tasks(model, tokenizer, self.names, task_path=self.path, limit=self.limit)
-        return {name: asdict(score) for name, score in scores.items()}
-
-    def inputs(self) -> dict[str, Any]:
-        from abq_llm.evaluation import local_tasks
-
-        files = [file for name in self.names for file in (local_tasks.files(name, self.path) if self.path else [])]
-        digests = {file.name: _sha256(file) for file in files}
-        return {"names": self.names, "files": digests, "limit": self.limit, "lm_eval": version("lm_eval")}
-
-
-@functools.cache  # each cell asks
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 # --- computing it ---
 
 
-def _compute(cells: list[Cell], setup: Setup, directory: Path, jobs: int) -> list[dict[str, Any]]:
+def compute_missing(
+    jobs: list[Job], directory: Path, devices: list[torch.device], processes: int
+) -> list[dict[str, Any]]:
     """Compute the cells that have no record in `directory` yet; what went wrong with those that failed."""
     from abq_llm.evaluation.comparison import file_of, read
 
+    directory.mkdir(parents=True, exist_ok=True)
     failures = []
-    missing = [cell for cell in cells if read(file_of(directory, cell, setup)) is None]
+    missing = [(cell, setup) for cell, setup in jobs if read(file_of(directory, cell, setup)) is None]
     errors = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     with progress_bar(errors) as bar:
-        task = bar.add_task("compare", total=len(cells), completed=len(cells) - len(missing), note="")
+        task = bar.add_task("compare", total=len(jobs), completed=len(jobs) - len(missing), note="")
+        results = _results(missing, directory, devices, processes, lambda note: bar.update(task, note=note))
         try:
-            for cell, error in _results(missing, setup, directory, jobs, lambda note: bar.update(task, note=note)):
+            for (cell, setup), error in results:
                 if error:
                     failures.append({"scheme": cell.scheme, "method": cell.label, "seed": cell.seed, "error": error})
                 bar.console.print(
@@ -229,44 +201,26 @@ def _compute(cells: list[Cell], setup: Setup, directory: Path, jobs: int) -> lis
                 bar.update(task, advance=1)
         except KeyboardInterrupt as stop:
             raise AbqError(f"interrupted; finished results are in {directory}, the same command goes on") from stop
+        finally:
+            results.close()
     return failures
 
 
 def _results(
-    cells: list[Cell], setup: Setup, directory: Path, jobs: int, note: Callable[[str], None]
-) -> Iterator[tuple[Cell, str | None]]:
-    """Each of `cells` and its error, as they come."""
-    from abq_llm.evaluation.comparison import compute
+    jobs: list[Job], directory: Path, devices: list[torch.device], processes: int, note: Callable[[str], None]
+) -> Generator[tuple[Job, str | None]]:
+    """Each of `jobs` and its error, as they come: in this process, if one is enough."""
+    from abq_llm.evaluation import comparison, comparison_jobs
 
-    if jobs == 1:
-        for cell in cells:
-
-            def say(text: str, cell: Cell = cell) -> None:
-                note(f"{_name(cell)}: {text}")
-
-            yield cell, compute(cell, setup, directory, say)
+    if processes > 1:
+        yield from comparison_jobs.compute_all(jobs, directory, devices, processes, quiet_libraries)
         return
-    spawn = multiprocessing.get_context("spawn")  # a process that uses CUDA must not be forked
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, spawn, _start_worker, (threads,)) as pool:
-        futures = {pool.submit(compute, cell, setup, directory): cell for cell in cells}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenExecutor as error:
-            raise AbqError(
-                f"a process has died, of memory perhaps: finished results are in {directory}, try --jobs {jobs // 2}"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    for cell, setup in jobs:
 
+        def say(text: str, cell: Cell = cell) -> None:
+            note(f"{_name(cell)}: {text}")
 
-def _start_worker(threads: int) -> None:
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: its result is not needed any more
-    torch.set_num_threads(threads)
-    quiet_libraries()
+        yield (cell, setup), comparison.compute(cell, setup, directory, say)
 
 
 def _name(cell: Cell) -> str:

@@ -16,7 +16,7 @@ import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from abq_llm.evaluation.perplexity import evaluate
 from abq_llm.methods import Method
 from abq_llm.models import load_model
 from abq_llm.quantize import hash_weights, quantize
+from abq_llm.scheme import Scheme
 from abq_llm.version import __version__
 
 UNQUANTIZED = "fp"  # name of the method of the row to compare with
@@ -85,6 +86,21 @@ class Setup:
     batch_size: int = 1
     tasks: Tasks | None = None
     commit: str | None = None
+
+
+def cells(
+    schemes: Iterable[Scheme], methods: Mapping[str, Method], seeds: Sequence[int], draw: Callable[[int], TokenSet]
+) -> list[Cell]:
+    """The unquantized model, then every method (by its label) at every scheme.
+
+    Methods that train come once for each seed, the others with the first. `draw` gives the calibration of a seed.
+    """
+    found = [Cell("W16A16", UNQUANTIZED)]
+    for scheme in schemes:
+        for label, method in methods.items():
+            for seed in seeds if hasattr(method, "epochs") else seeds[:1]:
+                found.append(Cell(str(scheme), label, method, seed, draw(seed) if method.needs_data else None))
+    return found
 
 
 def hash_model(model: PreTrainedModel) -> str:

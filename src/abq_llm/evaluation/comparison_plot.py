@@ -9,6 +9,7 @@ from typing import Any
 from abq_llm.evaluation.comparison import UNQUANTIZED
 
 MARKERS = "os^vDP*X<>"
+DODGE = 0.02  # bits between the points of two methods at one scheme
 NEAR = 0.15  # bits: schemes closer than that share a tick
 
 Row = dict[str, Any]  # of `comparison.over_seeds`
@@ -18,7 +19,8 @@ Spread = dict[str, float]  # "mean" and "std"
 def draw(rows: list[Row], path: Path, *, title: str) -> None:
     """Perplexity on each text, and the mean accuracy if there were tasks; weights only beside weights and activations.
 
-    Points are means, bars the standard deviation over the seeds, the dashed line is the unquantized model.
+    Points are means, a little beside each other, bars the standard deviation over the seeds, hollow points schemes with
+    bit balance, the dashed line is the unquantized model.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,24 +43,16 @@ def draw(rows: list[Row], path: Path, *, title: str) -> None:
     panels = figure.subplots(len(measures), max(1, len(kinds)), squeeze=False)
     for line, measure in zip(panels, measures, strict=True):
         for axes, (kind, part) in zip(line, kinds.items(), strict=False):
-            for method in methods:
-                points = [
-                    (row["bits_per_weight"]["mean"], spread)
-                    for row in part
-                    if row["method"] == method and (spread := _of(row, measure))
-                ]
-                bits, spreads = zip(*sorted(points, key=lambda point: point[0]), strict=True) if points else ((), ())
-                axes.errorbar(
-                    bits,
-                    [spread["mean"] for spread in spreads],
-                    [spread["std"] or 0 for spread in spreads],
-                    color=colours[method],
-                    marker=markers[method],
-                    markersize=5,
-                    linewidth=1,
-                    capsize=2,
-                    label=method,
-                )
+            shown = [row for row in part if _of(row, measure)]
+            if not shown:
+                axes.set_axis_off()
+                continue
+            for place, method in enumerate(methods):
+                for balanced in (True, False):  # W2* takes the bits of W3 and is no step on the way to it
+                    rows_of = [r for r in shown if r["method"] == method and ("*" in r["scheme"]) is balanced]
+                    hollow = {"markerfacecolor": "none", "linestyle": "none"} if balanced else {}
+                    style = {"color": colours[method], "marker": markers[method], "label": method, **hollow}
+                    _draw_line(axes, rows_of, measure, DODGE * (place - (len(methods) - 1) / 2), style)
             for row in rows:
                 if row["method"] == UNQUANTIZED and (spread := _of(row, measure)):
                     axes.axhline(spread["mean"], color="k", linestyle="--", linewidth=0.8, label="unquantized")
@@ -76,6 +70,21 @@ def draw(rows: list[Row], path: Path, *, title: str) -> None:
     figure.savefig(path, format="png", dpi=130)
 
 
+def _draw_line(axes: Any, rows: list[Row], measure: str, aside: float, style: dict[str, Any]) -> None:
+    """The rows of one method from few bits to many, moved `aside`, with a bar for the spread of each."""
+    rows = sorted(rows, key=lambda row: row["bits_per_weight"]["mean"])
+    spreads = [spread for row in rows if (spread := _of(row, measure))]
+    axes.errorbar(
+        [row["bits_per_weight"]["mean"] + aside for row in rows],
+        [spread["mean"] for spread in spreads],
+        [spread["std"] or 0 for spread in spreads],
+        markersize=5,
+        linewidth=1,
+        capsize=2,
+        **style,
+    )
+
+
 def _of(row: Row, measure: str) -> Spread | None:
     """What `row` has on an axis of that name."""
     found: Spread | None = row["accuracy"] if measure == "accuracy" else row["perplexity"][measure.split(", ", 1)[1]]
@@ -91,7 +100,7 @@ def _log_scale(axes: Any) -> None:
     decades = math.log10(high / low)
     ticks = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=ticks))
-    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_major_formatter("{x:,.10g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

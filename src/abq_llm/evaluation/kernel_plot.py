@@ -10,7 +10,7 @@ from pathlib import Path
 from abq_llm.errors import AbqError
 from abq_llm.evaluation.kernel_speed import Row
 
-STYLES = {"abq": "o-", "torch": "s-.", "humming": "^:"}  # marker and line
+STYLES = {"abq": "o-", "torch": "s-.", "cutlass": "D-.", "humming": "^:", "gemlite": "v:"}  # marker and line
 
 
 def check_matplotlib() -> None:

@@ -1,8 +1,8 @@
-"""How fast one linear layer is, in µs a product: our backends, torch and humming, on the same shapes.
+"""How fast one linear layer is, in µs a product: our backends and others' kernels, on the same shapes.
 
 A product is timed as a model runs it, activations fp16 on the device and their quantization included, on a weight that
 is not in the cache: copies of the weight take turns. On a GPU all turns are one CUDA graph; the time of a product is
-the time of a replay over the number of copies, the median of several replays.
+the time of a replay over the number of products in it, the median of several replays.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from abq_llm.scheme import Scheme
 CACHES = 4  # the copies of a weight are together this many times larger than the L2,
 COLD_BYTES = 120 * 2**20  # but not smaller than this,
 MEMORY_BYTES = 2 * 2**30  # and not larger than this, unless two copies are
+GRAPH_CALLS = 48  # products in a graph, at least, so that its start weighs little
 COPIES = 512  # of a weight so small that they never get cold
-REPLAYS, REPLAY_SECONDS, DISCARDED = (5, 50), 0.3, 3  # (fewest, most), budget, before the clock counts
+REPLAYS, REPLAY_SECONDS, DISCARDED = (5, 50), 0.1, 3  # (fewest, most), budget, before the clock counts
 CALLS, CALL_SECONDS = (3, 50), 1.0  # without a graph
 CHECKED_TOKENS = 64  # the reference is slow
+RESEMBLANCE = 0.97  # the least cosine between a rival's output and the product; four bits of x leave 0.985
 BANDWIDTH_BYTES = {"cpu": 2**28}
 BANDWIDTH_BYTES_ELSEWHERE = 2**30
 
@@ -88,7 +90,8 @@ def measure(
 ) -> Iterator[Row | Failure]:
     """Time each kernel on each shape (n, k) and number of tokens; put torch-fp16 first for `ratio_to_fp16`.
 
-    bandwidth: bytes a second, of `read_bandwidth`. check: compare ours with the reference up to `CHECKED_TOKENS`.
+    bandwidth: bytes a second, of `read_bandwidth`. check: compare ours with the reference up to `CHECKED_TOKENS`,
+    and refuse a rival's output that does not resemble the product.
     """
     candidates, tokens = list(candidates), list(tokens)
     for n, k in shapes:
@@ -136,6 +139,8 @@ def _row(
     exact, error = None, None
     if check and kernel.backend and kernel.quantized and m <= CHECKED_TOKENS:
         exact, error = _agreement(kernel.backend, kernel.quantized, loaded.weight, x, n, device)
+    if check and loaded.dense is not None:
+        _check_resemblance(y, x, loaded.dense)
     graph = device.type == "cuda" and kernel.capturable
     calls: list[Callable[[], object]] = [partial(kernel.linear, x, weight) for weight in weights]
     times = [1e6 * seconds for seconds in (_time_graph(calls, device) if graph else _time_calls(calls, device))]
@@ -183,6 +188,13 @@ def _agreement(
     return (exact if integers and scheme.group_size is None else None), largest
 
 
+def _check_resemblance(y: Tensor, x: Tensor, dense: Tensor) -> None:
+    expected = torch.nn.functional.linear(x, dense).float().flatten()
+    cosine = torch.nn.functional.cosine_similarity(y.float().flatten(), expected, dim=0).item()
+    if not cosine >= RESEMBLANCE:
+        raise AbqError(f"the output is not the product: their cosine is {cosine:.3f}")
+
+
 def cold_bytes(device: torch.device) -> int:
     """How many bytes of weights push each other out of the cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
@@ -196,7 +208,8 @@ def cold_copies(weight_bytes: int, device: torch.device) -> int:
 
 
 def _time_graph(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Seconds of a call, from each replay of one CUDA graph of all calls."""
+    """Seconds of a call, from each replay of one CUDA graph of all calls, again and again."""
+    turns = calls * -(-GRAPH_CALLS // len(calls))
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         torch.cuda.synchronize()  # the weights are in place: a kernel may read them ahead of its predecessor's end
@@ -206,7 +219,7 @@ def _time_graph(calls: list[Callable[[], object]], device: torch.device) -> list
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
-            for call in calls:
+            for call in turns:
                 call()
         graph.replay()
         torch.cuda.synchronize()
@@ -222,7 +235,7 @@ def _time_graph(calls: list[Callable[[], object]], device: torch.device) -> list
             event.record()
         torch.cuda.synchronize()
     pairs = itertools.pairwise(events[DISCARDED:])
-    return [begin.elapsed_time(end) / 1e3 / len(calls) for begin, end in pairs]
+    return [begin.elapsed_time(end) / 1e3 / len(turns) for begin, end in pairs]
 
 
 def _time_calls(calls: list[Callable[[], object]], device: torch.device) -> list[float]:

@@ -1,8 +1,7 @@
-"""The kernels that `kernel_speed` times, each a loader of a random weight and a function of x: ours, and the rivals."""
+"""The kernels that `kernel_speed` times, each a loader of a random weight and a function of x: ours, and torch's."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,15 +21,22 @@ INT8_TOKENS = 32  # padded to a multiple: torch._int_mm refuses fewer than 17
 
 
 class Loaded(NamedTuple):
-    """A weight as its kernel wants it (tensors or a module: something that deepcopy copies), and its size."""
+    """A weight as its kernel wants it (tensors or a module: something that deepcopy copies), and its size.
+
+    dense: what the weight stands for, [n, k], if `linear` is to give about x dense^T.
+    """
 
     weight: Any
     weight_bytes: int
+    dense: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """`load` (n, k, device) once, then `linear` (x fp16 [m, k], weight) -> fp16 [m, n] (torch-int8: int32)."""
+    """`load` (n, k, device) once, then `linear` (x fp16 [m, k], weight) -> fp16 [m, n] (torch-int8: int32).
+
+    Whatever `linear` searches or compiles for a new m, it does at its first call, outside any graph.
+    """
 
     name: str
     scheme: str
@@ -81,7 +87,7 @@ def torch_fp16() -> Kernel:
     """torch.nn.functional.linear: cuBLAS on a GPU."""
 
     def load(n: int, k: int, device: torch.device) -> Loaded:
-        weight = _gaussian(n, k, device).half()
+        weight = gaussian(n, k, device).half()
         return Loaded(weight, weight.nbytes)
 
     return Kernel("torch-fp16", "W16A16", load, torch.nn.functional.linear)
@@ -92,7 +98,7 @@ def torch_on_cpu(dtype: torch.dtype) -> Kernel:
     name, scheme = {torch.float32: ("torch-fp32", "W32A32"), torch.bfloat16: ("torch-bf16", "W16A16")}[dtype]
 
     def load(n: int, k: int, device: torch.device) -> Loaded:
-        weight = _gaussian(n, k, device).to(dtype)
+        weight = gaussian(n, k, device).to(dtype)
         return Loaded(weight, weight.nbytes)
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -120,38 +126,5 @@ def torch_int8() -> Kernel:
     return Kernel("torch-int8", "W8A8", load, linear)
 
 
-def humming_missing() -> str | None:
-    """None if humming (https://github.com/vllm-project/humming) is installed, else the line to print."""
-    return None if importlib.util.find_spec("humming") else "humming: not installed, skipped"
-
-
-def humming(scheme: Scheme) -> Kernel | None:
-    """The kernel of humming for the same bits; its weights are symmetric. None where it has none.
-
-    The use of its API is that of the README of humming-kernels 0.1.19.
-    """
-    activations = {None: "float16", 8: "int8", 4: "int4"}
-    bits = scheme.activation and scheme.activation.bits
-    if scheme.weight is None or scheme.weight.balanced or bits not in activations:
-        return None
-    weight_config: dict[str, Any] = {"dtype": f"int{scheme.weight.bits}"}
-    if scheme.group_size:
-        weight_config["group_size"] = scheme.group_size
-
-    def load(n: int, k: int, device: torch.device) -> Loaded:
-        from humming.layer import HummingLayer
-
-        config = {"dtype": activations[bits]}
-        layer = HummingLayer(n, k, dict(weight_config), config, torch_dtype=torch.float16).to(device)
-        layer.load_from_unquantized(_gaussian(n, k, device).half())
-        layer.transform()
-        return Loaded(layer, sum(parameter.nbytes for parameter in layer.parameters()))
-
-    def linear(x: Tensor, layer: Any) -> Tensor:
-        return layer(x)
-
-    return Kernel("humming", str(scheme), load, linear)
-
-
-def _gaussian(n: int, k: int, device: torch.device) -> Tensor:
+def gaussian(n: int, k: int, device: torch.device) -> Tensor:
     return torch.randn(n, k, generator=torch.Generator(device).manual_seed(SEED), device=device) / k**0.5

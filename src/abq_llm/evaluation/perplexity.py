@@ -59,22 +59,25 @@ def evaluate(
     models = [model] if reference is None else [model, reference]
     separate_head = [has_separate_head(each, tokens) for each in models]
 
-    nll = kl = torch.zeros((), dtype=torch.float64, device=model.device)
+    nll = kl = torch.zeros((), dtype=torch.float64)
     agreed, windows, done = 0, len(tokens), 0
     for batch in tokens.split(batch_size):
-        window = in_rows(torch.arange(done, done + len(batch)).repeat_interleave(batch.shape[1] - 1))
         target = in_rows(batch[:, 1:].flatten().to(model.device))
         predicting = torch.ones_like(batch, dtype=torch.bool)
         predicting[:, -1] = False
         streams = [logits_at(each, batch, predicting, apart) for each, apart in zip(models, separate_head, strict=True)]
-        for rows, ids, (logits, *expected) in zip(window, target, zip(*streams, strict=True), strict=True):
+        row_nll, row_kl, same = [], [], []  # nothing is fetched from the device before the batch is done
+        for ids, (logits, *expected) in zip(target, zip(*streams, strict=True), strict=True):
             log_q = logits.float().log_softmax(-1)
-            row_nll = -log_q.gather(1, ids[:, None])[:, 0]
-            nll = nll + _finite_sum(row_nll, rows, "negative log-likelihood")
+            row_nll.append(-log_q.gather(1, ids[:, None])[:, 0])
             if expected:
-                row_kl, same = _divergence(expected[0].to(model.device), log_q)
-                kl = kl + _finite_sum(row_kl, rows, "KL divergence from the reference")
-                agreed += int(same.sum())
+                divergence, agreement = _divergence(expected[0].to(model.device), log_q)
+                row_kl.append(divergence)
+                same.append(agreement)
+        nll = nll + _finite_sum(row_nll, len(batch), done, "negative log-likelihood")
+        if reference is not None:
+            kl = kl + _finite_sum(row_kl, len(batch), done, "KL divergence from the reference")
+            agreed += int(torch.cat(same).sum())
         done += len(batch)
         if progress is not None:
             progress(done, windows)
@@ -96,9 +99,9 @@ def _divergence(reference_logits: torch.Tensor, log_q: torch.Tensor) -> tuple[to
     return kl, log_p.argmax(-1) == log_q.argmax(-1)
 
 
-def _finite_sum(values: torch.Tensor, windows: torch.Tensor, what: str) -> torch.Tensor:
-    """float64 sum of `values` [rows]; `windows` int64 [rows] says to which window a row belongs."""
-    finite = values.isfinite().cpu()
-    if not finite.all():
-        raise AbqError(f"the {what} is not finite in window {int(windows[~finite][0])}")
-    return values.double().sum()
+def _finite_sum(chunks: list[torch.Tensor], windows: int, first: int, what: str) -> torch.Tensor:
+    """Sum of the float32 chunks, the rows of `windows` windows from number `first` on, as a float64 on the CPU."""
+    sums = torch.cat(chunks).view(windows, -1).double().sum(1).cpu()
+    if not (finite := sums.isfinite()).all():
+        raise AbqError(f"the {what} is not finite in window {first + int((~finite).nonzero()[0])}")
+    return sums.sum()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import importlib.util
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,29 @@ def evaluate_tasks(
     with _templates_compiled_once():
         results = lm_eval.evaluate(harness_model, loaded, limit=limit, log_samples=False)["results"]
     return {name: _score(figures) for name, figures in results.items() if "acc,none" in figures}
+
+
+@dataclass(frozen=True)
+class HarnessTasks:
+    """Tasks as `evaluation.comparison` wants them; see `evaluate_tasks` for the fields."""
+
+    names: tuple[str, ...]
+    path: Path | None
+    limit: int | None
+
+    def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        scores = evaluate_tasks(model, tokenizer, self.names, task_path=self.path, limit=self.limit)
+        return {name: asdict(score) for name, score in scores.items()}
+
+    def inputs(self) -> dict[str, Any]:
+        files = [file for name in self.names for file in (local_tasks.files(name, self.path) if self.path else [])]
+        digests = {file.name: _sha256(file) for file in files}
+        return {"names": self.names, "files": digests, "limit": self.limit, "lm_eval": version("lm_eval")}
+
+
+@functools.cache  # each cell asks
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _score(figures: dict[str, Any]) -> TaskScore:

@@ -157,7 +157,7 @@ class _BlockFit:
             rows = torch.arange(0, tokens, -(-tokens // self.options.akl_rows))
             if training:  # other rows each time
                 rows = torch.randperm(tokens, generator=self.samples.generator)[: len(rows)]
-            batch.append(rows.to(self.task.device))
+            batch.append(rows.to(self.task.device, non_blocking=True))
         return tuple(batch)
 
     def _loss(

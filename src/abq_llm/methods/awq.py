@@ -92,18 +92,17 @@ class Awq:
         self, task: BlockTask, pair: Pair, parameters: Parameters, X: dict[str, Tensor], s_X: dict[str, Tensor]
     ) -> Tensor:
         """log s of least `scaled_error`; the first, alpha = 0, is s = 1, and stays if no other is better or finite."""
-        best, least = None, math.inf
-        for step in range(self.grid + 1):
-            log_s = storable_log_scale(
+        candidates = [
+            storable_log_scale(
                 pair, parameters, activation_log_scale(task, pair, s_X, step / self.grid), task.storage_dtype
             )
-            error = scaled_error(task, pair, parameters, X, log_s)
-            if best is None or error < least:
-                best, least = log_s, error if math.isfinite(error) else math.inf
-        assert best is not None
+            for step in range(self.grid + 1)
+        ]
+        errors = torch.stack([scaled_error(task, pair, parameters, X, log_s) for log_s in candidates])
+        least, best = errors.nan_to_num(math.inf, posinf=math.inf).min(0)  # the first of equals
         if least == math.inf:
             task.report(f"block {task.index}: inputs of {consumers(pair)[0]} not finite, left as they are", None)
-        return best
+        return candidates[int(best)]
 
 
 def inputs(task: BlockTask, count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -148,14 +147,16 @@ def activation_log_scale(task: BlockTask, pair: Pair, s_X: dict[str, Tensor], al
         act = act.view(channels // task.head_dim, -1, task.head_dim).mean(1).flatten()
     log_s = alpha * act.clamp_min(1e-5).log()
     log_s = (log_s - log_s.mean()).clamp(-LOG_LIMIT, LOG_LIMIT)
-    return log_s if log_s.isfinite().all() else torch.zeros_like(log_s)
+    return torch.where(log_s.isfinite().all(), log_s, 0)
 
 
-def scaled_error(task: BlockTask, pair: Pair, parameters: Parameters, X: dict[str, Tensor], log_s: Tensor) -> float:
-    """|| Q(W diag(s)) (diag(s)^-1 X) - W X ||^2 / || W X ||^2, summed over the linears that the pair feeds."""
+def scaled_error(task: BlockTask, pair: Pair, parameters: Parameters, X: dict[str, Tensor], log_s: Tensor) -> Tensor:
+    """|| Q(W diag(s)) (diag(s)^-1 X) - W X ||^2 / || W X ||^2, summed over the linears that the pair feeds: a scalar
+    that is left on the device.
+    """
     scheme = task.scheme
     assert scheme.weight is not None
-    total = 0.0
+    total = log_s.new_zeros(())
     for name in consumers(pair):
         W, x = parameters[f"{name}.weight"], X[name]
         s = spread(log_s, x.shape[1], task.head_dim).exp()
@@ -164,7 +165,7 @@ def scaled_error(task: BlockTask, pair: Pair, parameters: Parameters, X: dict[st
         Q = from_groups(fake_quantize(grouped, grid, scheme.weight), W.shape[1])
         expected = x @ W.T
         error = (fake_quantize_dynamic(x / s, scheme.activation) @ Q.T - expected).square().sum()
-        total += float(error / expected.square().sum().clamp_min(1e-12))
+        total = total + error / expected.square().sum().clamp_min(1e-12)
     return total
 
 

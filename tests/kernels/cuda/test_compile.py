@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, jit, launch, plan
+from abq_llm.kernels.cuda import (
+    activations,
+    decode,
+    dequantize,
+    gemm_mma,
+    gemm_wgmma,
+    gemm_wgmma_f16,
+    jit,
+    launch,
+    plan,
+)
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
 from tests.kernels.cuda.sass import sass
@@ -182,12 +192,13 @@ def test_gemm_wgmma(planes):
 
 
 @pytest.mark.parametrize(
-    ("planes", "group_words", "dtype"), [(2, 2, HALF), (8, 3, torch.bfloat16), (4, 4, torch.float32)]
+    ("planes", "group_words", "dtype"), [(2, 2, HALF), (7, 3, torch.bfloat16), (4, 4, torch.float32)]
 )
 def test_gemm_wgmma_of_groups(planes, group_words, dtype):
-    tile = gemm_wgmma.choose(2048, 4096, 16, planes, GPUS["sm_90a"].sms, True)
+    tile = gemm_wgmma.choose(2048, 4096, 16, planes, GPUS["sm_90a"].sms, group_words)
     constants = gemm_wgmma.constants(tile, planes, dtype, group_words=group_words, programmatic=True)
-    assert has(instructions(compiled("gemm_wgmma", constants, "sm_90a")), "IGMMA")
+    found = instructions(compiled("gemm_wgmma", constants, "sm_90a"))
+    assert has(found, "IGMMA") and not has(found, "I2F.S32")  # sums are read as floats
 
 
 @pytest.mark.parametrize(("planes", "x_planes"), [(2, 2), (1, 4), (7, 1)])
@@ -196,3 +207,18 @@ def test_gemm_wgmma_b1(planes, x_planes):
     constants = {**gemm_wgmma.constants(tile, planes, HALF, programmatic=True), "x_planes": x_planes}
     found = instructions(compiled("gemm_wgmma_b1", constants, "sm_90a"))
     assert has(found, "BGMMA") and not has(found, "BMMA")
+
+
+@pytest.mark.parametrize(
+    ("m", "planes", "group_size", "dtype"), [(512, 4, 128, HALF), (64, 3, 33, torch.bfloat16), (300, 7, 0, HALF)]
+)
+def test_gemm_wgmma_f16(launched, m, planes, group_size, dtype):
+    shape = problem(m, planes, 16, group_size)
+    tile = gemm_wgmma_f16.choose(shape, GPUS["sm_90a"].sms)
+    constants = gemm_wgmma_f16.constants(tile, shape, dtype)
+    found = instructions(compiled("gemm_wgmma_f16", constants, "sm_90a"))
+    assert has(found, "HGMMA") and not (has(found, "STL") or has(found, "LDL"))
+    gemm_wgmma_f16.x_tiles(torch.zeros(m, 4096, dtype=dtype), shape, tile.tokens)
+    for stem, config in launched:
+        assert stem == "x_tiles"
+        compiled(stem, config, "sm_90a")

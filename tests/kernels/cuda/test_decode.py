@@ -3,7 +3,7 @@
 import pytest
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, plan
+from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, gemm_wgmma_f16, plan
 from abq_llm.kernels.cuda.activations import columns_per_token
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
@@ -51,17 +51,20 @@ def check_decode(tile, shape):
     assert x_blocks * tile.warps >= shape.k_blocks > (x_blocks - 1) * tile.warps
     assert config["pass"] == 1 or config["pass"] * tokens * 16 <= threads
     assert config["refill"] or tile.rounds(shape, SMS) * x_blocks <= tile.stages
-    assert config["whole"] == (shape.k == 256 * tile.warps * x_blocks and shape.group_size == shape.group_padded)
+    assert config["full_rounds"] * tile.warps <= shape.k_blocks < (config["full_rounds"] + 1) * tile.warps
+    assert config["full_blocks"] == (shape.k == 256 * shape.k_blocks and shape.group_size == shape.group_padded)
 
     # what an SM and a block may have
-    assert threads <= 1024 and threads * tile.blocks_per_sm <= 2048
+    launched = threads + 32  # one more warp copies
+    assert launched <= 1024 and launched * tile.blocks_per_sm <= 2048
     assert decode.registers(tile, shape) <= 255
-    assert decode.registers(tile, shape) * threads * tile.blocks_per_sm <= 65536
+    assert decode.registers(tile, shape) * launched * config["resident"] <= 65536
     partial = 2 * config["pass"] * tile.warps * tokens * 16 * 4
     ranges = tokens * (8 * tile.warps + 16) if tile.fused else 16 * tokens
     assert partial + ranges <= 48 * 1024  # static
     assert tile.blocks_per_sm * (decode.shared_bytes(tile, shape) + partial + ranges + 1024) <= LIMIT + 1024
-    assert config["queue_bytes"] * tile.warps == decode.shared_bytes(tile, shape)
+    assert config["shared_bytes"] == decode.shared_bytes(tile, shape)
+    assert config["window"] >= 1
 
     assert not tile.fused or (shape.m <= 4 and shape.bits <= 8 and (shape.m > 1 or columns == 8))
     assert config["in_floats"] == (shape.group_size > 0 or shape.bits == 16)
@@ -98,6 +101,7 @@ def test_one_token_is_quantized_where_it_is_used():
             shape = problem(m, f"W2A{bits}")
             assert {tile.fused for tile in decode.candidates(shape, SMS, LIMIT)} == choices
             assert decode.choose(shape, SMS, LIMIT).fused == (m < 5)
+    assert not decode.choose(problem(4, "W2A8", k=11008), SMS, LIMIT).fused  # too much for every block to do anew
     assert not decode.choose(problem(1, "W2A16"), SMS, LIMIT).fused  # it has a scale for every k-block
 
 
@@ -128,15 +132,22 @@ def test_registers_grow_with_what_is_kept_in_them():
     ("m", "scheme", "path"),
     [
         (1, "W2A8", {80: "decode", 86: "decode", 89: "decode", 90: "decode", 100: "mma", 120: "mma"}),
-        (1, "W2A8g128", {80: "mma", 90: "mma", 100: "mma"}),
+        (1, "W2A8g128", {80: "decode", 90: "decode", 100: "mma"}),
+        (3, "W2A8g128", {80: "mma", 90: "mma"}),
+        (1, "W2A8g64", {80: "mma", 90: "mma"}),
         (2048, "W4A8", {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "mma", 120: "mma"}),
         (2048, "W4A8g128", {80: "mma", 90: "wgmma", 120: "mma"}),
         (2048, "W2A2", {80: "mma", 89: "mma", 90: "wgmma_b1", 100: "mma"}),
         (2048, "W2A4", {90: "wgmma"}),  # eight pairs of planes: no gain over bytes
         (2048, "W2A2g128", {90: "wgmma"}),  # the binary product has no groups
         (1, "W4A16", dict.fromkeys(GPUS, "decode")),
-        (8, "W4A16g64", dict.fromkeys(GPUS, "decode")),
-        (64, "W4A16", dict.fromkeys(GPUS, "dequantize")),
+        (16, "W4A16g64", dict.fromkeys(GPUS, "decode")),
+        (17, "W4A16g64", {80: "decode", 90: "wgmma_f16", 120: "decode"}),
+        (64, "W4A16", {80: "dequantize", 90: "wgmma_f16", 120: "dequantize"}),
+        (2048, "W4A16", dict.fromkeys(GPUS, "dequantize")),
+        (2048, "W4A8g32", {80: "mma", 90: "mma"}),  # a group a step
+        (2048, "W8A8g128", {90: "mma"}),  # centered codes of eight bits are no signed bytes
+        (2048, "W7A8g512", {90: "mma"}),  # sums beyond what a float holds exactly
         (2048, "W8*A16g128", dict.fromkeys(GPUS, "dequantize")),
         (1, "W8*A8", dict.fromkeys(GPUS, "decode")),  # nine planes fit no byte
         (64, "W8*A8", dict.fromkeys(GPUS, "decode")),
@@ -154,7 +165,8 @@ def test_path(m, scheme, path):
         (plan.DECODE_COLUMNS // 8, "W2A8", "decode", "mma"),
         (plan.DECODE_COLUMNS // 4, "W2A3", "decode", "mma"),
         (plan.DECODE_COLUMNS // 2, "W2A2", "decode", "mma"),  # four tokens a tile
-        (plan.DECODE_TOKENS_16, "W4A16", "decode", "dequantize"),
+        (plan.DECODE_TOKENS_16, "W4A16", "decode", "wgmma_f16"),  # N = 4096: blocks for a quarter of the SMs
+        (plan.WGMMA_F16_TOKENS, "W4A16g128", "wgmma_f16", "dequantize"),
         (plan.WGMMA_TOKENS - 1, "W4A8", "mma", "wgmma"),
         (plan.WGMMA_TOKENS - 1, "W4A8g128", "mma", "wgmma"),
     ],
@@ -162,6 +174,15 @@ def test_path(m, scheme, path):
 def test_path_changes_where_it_should(most, scheme, path, next_path):
     found = [plan.choose(problem(m, scheme), GPUS[90]).path for m in (most, most + 1)]
     assert found == [path, next_path]
+
+
+def test_floats_are_for_many_blocks():
+    """Warpgroup products of 16-bit activations take over earlier where there are rows for all SMs."""
+    few, many = (
+        [plan.choose(problem(m, "W4A16g128", n=n), GPUS[90]).path for m in (4, 8, 16)] for n in (4096, 8 * 16 * 132)
+    )
+    assert few == ["decode", "decode", "decode"]
+    assert many == ["decode", "wgmma_f16", "wgmma_f16"]
 
 
 def test_nine_planes_that_fit_no_register_file_are_refused():
@@ -188,13 +209,16 @@ def check_plan(found, shape, gpu):
     elif found.path == "mma":
         assert isinstance(tile, gemm_mma.Tile) and planes <= 8 and shape.bits <= 8
         assert gemm_mma.shared_bytes(tile, planes, shape.group_words, grouped) <= gpu.shared_limit
-        assert tile.threads <= 1024 and tile.split_k * tile.warps_k <= shape.k_blocks
+        assert tile.threads <= 1024 and tile.warps_k <= shape.k_blocks
+    elif found.path == "wgmma_f16":
+        assert isinstance(tile, gemm_wgmma.Tile) and gpu.has_wgmma and planes < 8 and shape.bits == 16
+        assert gemm_wgmma_f16.shared_bytes(tile, planes) <= gpu.shared_limit
     else:
         assert isinstance(tile, gemm_wgmma.Tile) and gpu.has_wgmma and planes <= 8 and shape.bits <= 8
         binary = found.path == "wgmma_b1"
         assert found.path == "wgmma" or (binary and not grouped)
         assert gemm_wgmma.shared_bytes(tile, planes, shape.bits if binary else None) <= gpu.shared_limit
-        assert tile.tokens <= (gemm_wgmma.GROUPED_TOKENS if grouped else 256)
+        assert not grouped or (tile.tokens <= 176 and gemm_wgmma.takes_groups(planes, shape.group_size))
 
 
 @pytest.mark.parametrize("capability", GPUS)
@@ -218,5 +242,5 @@ def test_candidates_can_run(capability, scheme):
             assert plan.choose(shape, gpu) in found, name(shape)  # what is not tuned can be found by tuning
             assert any(candidate.path == "dequantize" for candidate in found) == (shape.bits == 16)
             assert any(candidate.path.startswith("wgmma") for candidate in found) == (
-                gpu.has_wgmma and m > 8 and shape.bits < 16 and shape.planes <= 8
+                gpu.has_wgmma and m > (4 if shape.bits == 16 else 8) and shape.planes <= 8
             )

@@ -6,7 +6,7 @@ import pytest
 
 from abq_llm.kernels.cuda import gemm_mma
 from abq_llm.kernels.cuda.gemm_mma import Tile
-from abq_llm.kernels.cuda.problem import BLOCK, Problem
+from abq_llm.kernels.cuda.problem import BLOCK, Problem, groups_in_block
 from abq_llm.scheme import Scheme
 
 TOKENS = (1, 8, 9, 33, 100, 4096)
@@ -44,7 +44,7 @@ def test_every_product_has_tiles_and_they_fit(planes, limit):
                 assert 32 * tile.warps_rows <= 16 * tile.tokens
                 assert tile.threads % (tile.rows // 8) == 0
                 # no slice of the columns is empty, no token tile would be without tokens
-                assert tile.warps_k * tile.split_k <= -(-k // BLOCK)
+                assert tile.warps_k <= -(-k // BLOCK)
                 assert tile.tokens < 2 * max(m, 8)
 
 
@@ -67,6 +67,9 @@ def test_shared_memory_by_hand():
     # a group of 128 columns: two of them meet a block; a scale and a zero point for every row, a sum for every token
     grouped = 4 * 3 * 2 * (16 * 5 + 8 * 4)
     assert gemm_mma.shared_bytes(Tile(8, 1, 1, 4, 3), 2, 4, True) == queue + grouped + row_data + token_data
+    # in order: a sum for every row, and the zero point of every token
+    queue, grouped = queue // 4, grouped // 4 + 3 * (2 * 16 * 4 + 8 * 4)
+    assert gemm_mma.shared_bytes(Tile(8, 1, 1, 1, 3), 2, 4, True) == queue + grouped + row_data + token_data
 
 
 def test_shared_memory_also_holds_the_slices_sums():
@@ -81,15 +84,13 @@ def test_shared_memory_also_holds_the_slices_sums():
 def test_groups_that_meet_a_block(words, slots):
     tile = Tile(8, 2, 1, 1, 2)
     plain = gemm_mma.shared_bytes(tile, planes=2)
-    assert gemm_mma.shared_bytes(tile, 2, words) - plain == 2 * slots * 4 * 32
-    assert gemm_mma.shared_bytes(tile, 2, words, True) - plain == 2 * slots * (5 * 32 + 4 * 8)
+    assert gemm_mma.shared_bytes(tile, 2, words) - plain == 2 * (slots * 8 * 32 + 4 * 8)
+    assert gemm_mma.shared_bytes(tile, 2, words, True) - plain == 2 * (slots * (9 * 32 + 4 * 8) + 4 * 8)
 
 
 def test_groups_that_meet_a_block_by_counting():
-    for words in range(1, 70):
-        met = max(len({(8 * kb + i) // words for i in range(8)}) for kb in range(words))
-        tile = Tile(8, 2, 1, 1, 2)
-        assert gemm_mma.shared_bytes(tile, 2, words) - gemm_mma.shared_bytes(tile, 2) == 2 * met * 4 * 32
+    for words in (*range(1, 70), 513, 1000):
+        assert groups_in_block(words) == max(len({(8 * kb + i) // words for i in range(8)}) for kb in range(words))
 
 
 def test_shared_memory_grows_with_the_queue():

@@ -72,6 +72,7 @@ def test_bucket():
         ("W4A8", 64, "wgmma"),
         ("W2A2", 64, "wgmma_b1"),
         ("W4A16", 16, "dequantize"),
+        ("W4A16", 64, "wgmma_f16"),
     ],
 )
 def test_every_kind_of_plan_comes_back(scheme, m, path):
@@ -341,7 +342,7 @@ def test_precompile_compiles_every_candidate_once(compiled, gpu):
         for stem, constants in [tune._kernel(candidate, one, torch.bfloat16, gpu)]
     }
     assert sorted(pool.jobs) == sorted((*job, "sm_x") for job in wanted)
-    stems = {"decode", "gemm_mma", *(["gemm_wgmma", "gemm_wgmma_b1"] if gpu is H100 else [])}
+    stems = {"decode", "gemm_mma", *(["gemm_wgmma", "gemm_wgmma_b1", "gemm_wgmma_f16"] if gpu is H100 else [])}
     assert {stem for stem, _, _ in pool.jobs} == stems
     assert sorted((stem, json.dumps(constants)) for stem, _, constants, _ in compiled) == sorted(wanted)
     assert {constants["T"] for _, _, constants, _ in compiled} == {"bf16_t"}
@@ -355,6 +356,7 @@ def test_precompile_compiles_every_candidate_once(compiled, gpu):
         ("W2A2", 40, {"decode", "mma", "wgmma", "wgmma_b1"}),
         ("W3A4g128", 20, {"decode", "mma", "wgmma"}),
         ("W4A16g48", 2, {"decode"}),
+        ("W4A16g48", 20, {"decode", "wgmma_f16"}),
     ],
 )
 def test_what_is_precompiled_is_what_a_run_loads(monkeypatch, scheme, m, paths):
@@ -371,11 +373,9 @@ def test_what_is_precompiled_is_what_a_run_loads(monkeypatch, scheme, m, paths):
     monkeypatch.setattr(jit, "load", load)
     monkeypatch.setattr(launch, "launch", lambda *args, **options: None)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
     limits = {"multi_processor_count": H100.sms, "shared_memory_per_block_optin": H100.shared_limit}
     facts = SimpleNamespace(major=9, minor=0, **limits)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    monkeypatch.setattr(gemm_mma, "_arrivals", lambda index, stream: torch.zeros(1 << 16))
     caches = gemm_mma._kernel, gpu
     parsed = Scheme.parse(scheme)
     layout = buffer_layout(wanted.k, wanted.n, parsed, torch.float16).values()

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, plan, tune
+from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, gemm_wgmma_f16, plan, tune
 from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.layout import prepare as prepare
 from abq_llm.kernels.cuda.plan import Plan
@@ -71,22 +71,27 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     """`linear` by a given plan."""
     x = x.contiguous()
     tile = chosen.tile
-    if tile is None:
+    floats = chosen.path == "wgmma_f16"
+    if tile is None or (floats and x.dtype == torch.float32):
         dense = dequantize.dequantize(weight, problem, x)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
     bias = None if bias is None else bias.float()
     if isinstance(tile, decode.Tile):
         return decode.run(tile, x, weight, bias, problem)
-    planes, scale, zero, total, _ = weight
+    if floats:
+        assert isinstance(tile, gemm_wgmma.Tile)
+        return gemm_wgmma_f16.run(tile, x, weight, bias, problem)
+    planes, scale, zero, total, group_total, _ = weight
     binary, grouped = chosen.path == "wgmma_b1", problem.group_size > 0
     layout = activations.PLANE_BYTES if binary else activations.BYTES
     tokens = max(8, tile.tokens)
-    token = activations.quantize(x, problem, layout, tokens=tokens, group_sums=grouped)
+    token = activations.quantize(x, problem, layout, tokens=tokens, group_sums=grouped and chosen.path == "mma")
     y = x.new_empty(problem.m, problem.n)
     if isinstance(tile, gemm_mma.Tile):
         codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
+        sums = group_total if grouped and tile.in_order else total
         gemm_mma.run(
-            planes, codes, scale, zero, total, token.scale, token.zero, token.sums, bias, y,
+            planes, codes, scale, zero, sums, token.scale, token.zero, token.sums, bias, y,
             group_words=problem.group_words, tile=tile, programmatic=True,
         )  # fmt: skip
     elif binary:
@@ -95,7 +100,7 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     else:
         codes = token.codes.view(torch.uint8).view(problem.k_blocks * 16, -1, 8, 16)
         gemm_wgmma.run(
-            tile, y, codes, token[1:], planes, (scale, zero, total), bias,
+            tile, y, codes, token[1:], planes, (scale, zero, group_total if grouped else total), bias,
             group_words=problem.group_words, programmatic=True,
         )  # fmt: skip
     return y

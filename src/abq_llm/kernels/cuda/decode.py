@@ -11,12 +11,16 @@ from torch import Tensor
 from abq_llm.kernels.cuda import activations, jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES, Quantized, columns_per_token
 from abq_llm.kernels.cuda.gpus import gpu
-from abq_llm.kernels.cuda.problem import Problem
+from abq_llm.kernels.cuda.problem import BLOCK, Problem, groups_in_block
 
 WHOLE_ROW = 2**20  # group_words where there are no groups
 FUSED_TOKENS = 4  # up to which every block may quantize x anew
+FUSED_BLOCKS = 96  # k-blocks of all tokens, up to which it is worth it
+FUSED_TWICE_BLOCKS = 32  # the same, up to which two blocks of an SM may do it
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 STATIC_LIMIT = 32 * 1024  # bytes of shared memory for sums; with what a fused token needs, a kernel may have 48 KiB
+# Bytes of an SM that may be under way before x is here: more delays the end of the kernel before, fewer waste bandwidth
+WINDOW_BYTES = 32 * 1024
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 
 
@@ -26,7 +30,7 @@ class Tile:
 
     tiles: int
     warps: int = 16
-    stages: int = 4  # k-blocks of weights that a warp has under way
+    stages: int = 4  # of the queue of weights, a k-block for every warp each
     blocks_per_sm: int = 1
     fused: bool = False  # x, a few tokens, is quantized in this kernel
     early: bool = False  # the next kernel's weights may come before this one's x
@@ -55,18 +59,21 @@ class Tile:
         return -(-rounds // passes)
 
 
-def slot_bytes(problem: Problem) -> int:
-    """Shared memory of a k-block of a row tile, as in `DecodeShape` (which refuses to compile when they differ)."""
+def block_bytes(problem: Problem) -> int:
+    """Shared memory of a k-block of a row tile, with its scales and zero points."""
     if problem.group_size:
-        words = problem.group_words
-        met = max((8 * kb + 7) // words - 8 * kb // words + 1 for kb in range(min(words, 64)))
-        return 512 * problem.planes + 80 * met
+        return 512 * problem.planes + 80 * groups_in_block(problem.group_words)
     return 512 * problem.planes + (64 if problem.bits == 16 else 0)
 
 
 def shared_bytes(tile: Tile, problem: Problem) -> int:
-    """Dynamic shared memory of a block."""
-    return tile.warps * tile.stages * slot_bytes(problem)
+    """Dynamic shared memory of a block, as in `DecodeShape` (which refuses to compile when they differ)."""
+    return tile.warps * tile.stages * block_bytes(problem)
+
+
+def window(tile: Tile, problem: Problem) -> int:
+    """Stages of a block that may be under way before x is here."""
+    return max(1, WINDOW_BYTES // (tile.blocks_per_sm * tile.warps * block_bytes(problem)))
 
 
 def registers(tile: Tile, problem: Problem) -> int:
@@ -83,7 +90,8 @@ def registers(tile: Tile, problem: Problem) -> int:
 
 def resident(tile: Tile, problem: Problem) -> int:
     """Blocks that an SM should hold: twice as many as work, so that the next kernel's are already there."""
-    return (2 if 64 * tile.warps * tile.blocks_per_sm * registers(tile, problem) <= 65536 else 1) * tile.blocks_per_sm
+    twice = 2 * tile.blocks_per_sm
+    return twice if twice * _threads(tile) * registers(tile, problem) <= 65536 else tile.blocks_per_sm
 
 
 def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
@@ -104,7 +112,7 @@ def _candidates(problem: Problem, tiles: int, sms: int, shared_limit: int) -> li
         if (
             (warps == 4 or warps < 2 * problem.k_blocks)
             and stages < 2 * tile.rounds(problem, sms) * tile.x_blocks(problem)
-            and registers(tile, problem) <= min(255, 65536 // (32 * warps * blocks))
+            and registers(tile, problem) <= min(255, 65536 // (_threads(tile) * blocks))
             and _sums_bytes(tile, problem) <= STATIC_LIMIT
             and blocks * _shared(tile, problem) <= shared_limit
         ):
@@ -113,6 +121,11 @@ def _candidates(problem: Problem, tiles: int, sms: int, shared_limit: int) -> li
         tile for tile in found if tile.fused and problem.m == 1
     ]  # always faster, where a warp can hold its part of x
     return alone or found
+
+
+def _threads(tile: Tile) -> int:
+    """Of a block, with the warp that copies, which GPUs without a copy engine do without."""
+    return 32 * (tile.warps + 1)
 
 
 def _shared(tile: Tile, problem: Problem) -> int:
@@ -135,14 +148,30 @@ def tiles_of(problem: Problem) -> int:
 def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
     """The tile for a shape that nobody has tuned; None if the activations of a warp fit no register file."""
     tiles = candidates(problem, sms, shared_limit)
+    share = -(-problem.row_tiles // sms) * problem.k_blocks * block_bytes(problem)  # bytes of an SM
+    # Two blocks begin and end at different times, but each quantizes x; one may leave room for the next kernel's
+    fuses = problem.m * problem.k_blocks <= FUSED_BLOCKS
+    few_rows = problem.m == 1 and problem.row_tiles <= 2 * sms
+    one = 2 * share <= shared_limit and not few_rows
+    one |= fuses and problem.m * problem.k_blocks > FUSED_TWICE_BLOCKS
+    warps = 16 if fuses and problem.m <= 2 and not few_rows else 8
 
     def preference(tile: Tile) -> tuple[float, ...]:
-        twice = 2 * tile.blocks_per_sm  # leaves room for the next kernel's blocks
-        leaves_room = resident(tile, problem) == twice and twice * _shared(tile, problem) <= shared_limit
-        all_stages = tile.rounds(problem, sms) * tile.x_blocks(problem)
-        under_way = tile.blocks_per_sm * tile.warps * min(tile.stages, all_stages)
+        steps = tile.rounds(problem, sms) * tile.x_blocks(problem)
+        queued = min(tile.stages, steps) / steps  # of the weight, at a time
         idle = tile.x_blocks(problem) * tile.warps / problem.k_blocks
-        return tile.fused, leaves_room, under_way, -tile.blocks_per_sm, -idle, tile.warps, -tile.stages, not tile.early
+        return (
+            tile.fused == fuses,
+            queued,
+            (tile.blocks_per_sm == 1) == one,
+            tile.warps > 4,
+            -idle,
+            tile.warps == warps,
+            tile.warps,
+            -abs(tile.stages - steps - 1),
+            -tile.stages,
+            not tile.early,
+        )
 
     return max(tiles, key=preference) if tiles else None
 
@@ -155,10 +184,12 @@ def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms:
         "stages": tile.stages,
         "pass": tile.pass_tiles(problem, sms),
         "refill": tile.rounds(problem, sms) * tile.x_blocks(problem) > tile.stages,
-        "whole": problem.k == 256 * tile.warps * tile.x_blocks(problem) and problem.group_size == problem.group_padded,
+        "full_rounds": problem.k_blocks // tile.warps,
+        "full_blocks": problem.k % BLOCK == 0 and problem.group_size == problem.group_padded,
         "early": tile.early,
         "x_blocks": tile.x_blocks(problem),
-        "queue_bytes": tile.stages * slot_bytes(problem),
+        "shared_bytes": shared_bytes(tile, problem),
+        "window": window(tile, problem),
         "resident": resident(tile, problem),
         "fused": tile.fused,
         "aligned": aligned and tile.fused,
@@ -178,7 +209,7 @@ def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms:
 
 def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
     """x [M, K], contiguous -> [M, N]."""
-    planes, w_scale, w_zero, w_total, _ = weight
+    planes, w_scale, w_zero, w_total, *_ = weight
     tokens = tile.tokens(problem)
     y = x.new_empty(problem.m, problem.n)
     if tile.fused:
@@ -189,15 +220,15 @@ def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, proble
         token = activations.quantize(x, problem, activations.FRAGMENTS, tokens=max(tokens, 8))
         tables = token.scale, token.zero, token.sums
         x_tiles = token.codes.numel() // (64 * problem.k_blocks)
-    sms = gpu(x.get_device()).sms
-    config = constants(tile, problem, TYPE_NAMES[x.dtype], activations.aligned(x, problem), sms)
+    place = gpu(x.get_device())
+    config = constants(tile, problem, TYPE_NAMES[x.dtype], activations.aligned(x, problem), place.sms)
     kernel = jit.load("decode", "decode", config, x.device)
     row_tiles = problem.row_tiles
-    blocks = -(-row_tiles // tile.rounds(problem, sms))  # as many as share the rows evenly
+    blocks = -(-row_tiles // tile.rounds(problem, place.sms))  # as many as share the rows evenly
     launch.launch(
         kernel,
         (blocks, -(-problem.m // tokens), 1),
-        (32 * tile.warps, 1, 1),
+        (_threads(tile) if place.has_copy_engine else 32 * tile.warps, 1, 1),
         [
             *(planes, token.codes, w_scale, w_zero, w_total, *tables, bias, y),
             *(problem.m, problem.n, problem.k, problem.k_blocks, x_tiles, row_tiles, problem.groups),

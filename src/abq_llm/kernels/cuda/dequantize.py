@@ -13,7 +13,7 @@ WARPS = 4
 
 def dequantize(weight: list[Tensor], problem: Problem, like: Tensor) -> Tensor:
     """[N, K] in the dtype of `like`."""
-    planes, scale, zero, _, _ = weight
+    planes, scale, zero, *_ = weight
     out = like.new_empty(problem.n, problem.k)
     constants: dict[str, bool | int | str] = {
         "T": TYPE_NAMES[like.dtype],

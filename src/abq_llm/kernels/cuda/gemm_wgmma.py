@@ -17,12 +17,13 @@ from abq_llm.kernels.cuda.gpus import gpu
 
 SHARED_LIMIT = 227 * 1024  # bytes a block may have on sm_90
 SHARED_RESERVED = 1024  # of the multiprocessor's 228 KiB for each block on it
+UNIT = 4  # steps of 32 columns whose products start together, unless a group ends before
 TOKENS = (32, 48, 64, 96, 112, 128, 144, 160, 176, 192, 208, 240, 256)  # of wgmma's n, those worth a tile
-GROUPED_TOKENS = 128  # at most: grouped sums need two sets of accumulators
 
 # Cycles of an H100's multiprocessor, fitted to measured products (see `cycles`)
-START_CYCLES = 8300  # of a block: filling its stages and writing its results
-EXPAND_CYCLES = 50  # of 64 rows x 256 columns: making bytes of one plane
+START_CYCLES = 8800  # of a block: filling its stages and writing its results
+EXPAND_CYCLES = 42  # of 64 rows x 256 columns: making bytes of one plane
+GROUP_CYCLES, GROUP_TOKEN_CYCLES = 200, 1.85  # of 64 rows: adding the sums of a group, and for each token
 LATENCY_CYCLES = 760  # of 256 columns, for a warpgroup by itself: waiting for planes, for x and for its products
 OTHER_REGISTERS = 24  # of a consumer, for addresses and one step's bytes
 LATENCY_CYCLES_B1 = 230  # fewer products to wait for
@@ -58,7 +59,7 @@ def shared_bytes(tile: Tile, planes: int, x_planes: int | None = None) -> int:
     head = -(-(384 + 24 * tile.tokens) // 128) * 128
     stage = tile.tokens * 32 * (tile.stage_steps if x_planes is None else x_planes)
     slot = tile.rows // 16 * planes * 512
-    out = tile.consumers * 2 * 16 * 144
+    out = tile.consumers * 4 * 2 * 16 * 48
     return head + tile.stages * stage + tile.weight_slots * slot + out
 
 
@@ -84,44 +85,65 @@ def _fits_registers(tile: Tile, planes: int) -> bool:
     return tile.tokens // 2 + 30 <= start and tile.tokens // 2 + 4 * words + OTHER_REGISTERS <= dealt
 
 
-def _token_counts(m: int) -> list[int]:
+def takes_groups(planes: int, group_size: int) -> bool:
+    """Whether groups are such that the sum of each is exact in the kernel, and not so short that it would be slow."""
+    return planes < 8 and group_size > 32 and (2**planes - 1) * 255 * group_size < 2**23
+
+
+def _grouped_tokens(planes: int, group_words: int) -> int:
+    """At most: grouped sums need two sets of accumulators, and short groups more registers for what comes next."""
+    return 128 if group_words < UNIT else 176 if planes <= 4 else 144
+
+
+def token_counts(m: int) -> list[int]:
     """The `TOKENS` that divide m among fewer blocks than any smaller one does."""
     blocks = [-(-m // tokens) for tokens in TOKENS]
     return [tokens for i, tokens in enumerate(TOKENS) if i == 0 or blocks[i] < blocks[i - 1]]
 
 
-def candidates(m: int, planes: int, grouped: bool = False) -> list[Tile]:
-    """Every int8 tile worth timing for m tokens."""
+def candidates(m: int, planes: int, group_words: int = 0) -> list[Tile]:
+    """Every int8 tile worth timing for m tokens; `group_words` 0 is per channel."""
     tiles = []
-    for tokens in _token_counts(m):
-        if grouped and tokens > GROUPED_TOKENS:
+    for tokens in token_counts(m):
+        if group_words and tokens > _grouped_tokens(planes, group_words):
             continue
         steps = 4 if tokens > 64 else 8
         tiles.append(Tile(tokens, stage_steps=steps))
-        if not grouped:  # more rows, so that x is read less often
+        if not group_words:  # more rows, so that x is read less often
             taller = [Tile(tokens, consumers, stage_steps=steps) for consumers in (3, 4)]
             tiles += [tile for tile in taller if _fits_registers(tile, planes)]
-        if 96 <= tokens <= 128 and not grouped:
+        if 96 <= tokens <= 128 and not group_words:
             tiles.append(Tile(tokens, 1, 2, stage_steps=steps, resident=2))
     return [filled for tile in tiles if (filled := _filled(tile, planes))]
 
 
 def candidates_b1(m: int, planes: int, x_planes: int) -> list[Tile]:
     """Every binary tile worth timing: p + q - 1 sets of accumulators and two blocks' planes must fit in registers."""
-    fitting = [t for t in _token_counts(m) if (planes + x_planes - 1) * t // 2 + 8 * planes <= 208]
+    fitting = [t for t in token_counts(m) if (planes + x_planes - 1) * t // 2 + 8 * planes <= 208]
     return [filled for tokens in fitting if (filled := _filled(Tile(tokens), planes, x_planes))]
 
 
-def cycles(tile: Tile, m: int, n: int, k_blocks: int, planes: int, sms: int, x_planes: int | None = None) -> float:
-    """An estimate of the product's time on a multiprocessor's clock.
+def cycles(
+    tile: Tile,
+    m: int,
+    n: int,
+    k_blocks: int,
+    planes: int,
+    sms: int,
+    *,
+    x_planes: int | None = None,
+    group_words: int = 0,
+    products: int = 8,
+) -> float:
+    """An estimate of the product's time on a multiprocessor's clock. `products` of a warpgroup do 256 columns.
 
-    Blocks come in rounds of `resident`. In a k-block, a multiprocessor's warpgroups take turns to expand weights and to
-    multiply, which hardly overlap; with little work, the round takes as long as one warpgroup's waits. Of 97 tiles
-    measured on an H100 (M = 64 to 2048, N = 11008, K = 4096, W2, W4, W8), 84 are within 5 % of this, the farthest 11 %.
+    Blocks come in rounds of `resident`. In a k-block, what a multiprocessor's warpgroups do, expanding weights,
+    multiplying and adding groups, hardly overlaps; with little work, the round takes as long as one warpgroup's waits.
     """
-    products = 8 if x_planes is None else planes * x_planes
+    products = products if x_planes is None else planes * x_planes
     expand = EXPAND_CYCLES * planes if x_planes is None else 0
-    work = tile.slabs * (products * tile.tokens / 2 + expand)  # of a warpgroup, per k-block
+    groups = 8 / group_words * (GROUP_CYCLES + GROUP_TOKEN_CYCLES * tile.tokens) if group_words else 0
+    work = tile.slabs * (products * tile.tokens / 2 + expand + groups)  # of a warpgroup, per k-block
     alone = work + (LATENCY_CYCLES if x_planes is None else LATENCY_CYCLES_B1)
 
     def round_of(blocks: int) -> float:
@@ -131,14 +153,17 @@ def cycles(tile: Tile, m: int, n: int, k_blocks: int, planes: int, sms: int, x_p
     return full_rounds * round_of(tile.resident) + round_of(rest)
 
 
-def choose(m: int, n: int, k_blocks: int, planes: int, sms: int, grouped: bool = False) -> Tile:
+def choose(m: int, n: int, k_blocks: int, planes: int, sms: int, group_words: int = 0) -> Tile:
     """The int8 tile with the least estimate. x must have been padded to a multiple of its `tokens`."""
-    return min(candidates(m, planes, grouped), key=lambda tile: cycles(tile, m, n, k_blocks, planes, sms))
+    return min(
+        candidates(m, planes, group_words),
+        key=lambda tile: cycles(tile, m, n, k_blocks, planes, sms, group_words=group_words),
+    )
 
 
 def choose_b1(m: int, n: int, k_blocks: int, planes: int, x_planes: int, sms: int) -> Tile:
     tiles = candidates_b1(m, planes, x_planes)
-    return min(tiles, key=lambda tile: cycles(tile, m, n, k_blocks, planes, sms, x_planes))
+    return min(tiles, key=lambda tile: cycles(tile, m, n, k_blocks, planes, sms, x_planes=x_planes))
 
 
 def constants(
@@ -147,7 +172,6 @@ def constants(
     dtype: torch.dtype,
     *,
     group_words: int = 0,
-    has_zero_point: bool = True,
     programmatic: bool = False,
     debug: bool = False,
 ) -> dict[str, bool | int | str]:
@@ -161,9 +185,9 @@ def constants(
         "stage_steps": tile.stage_steps,
         "weight_slots": tile.weight_slots,
         "resident": tile.resident,
+        "unit": UNIT,
         "grouped": group_words > 0,
-        "group_words": max(group_words, 1),
-        "has_zero_point": has_zero_point,
+        "group_words": group_words or UNIT,
         "programmatic": programmatic,
         "debug": debug,
         "T": TYPE_NAMES[dtype],
@@ -176,7 +200,7 @@ def run(
     x: Tensor,
     tokens: tuple[Tensor, Tensor, Tensor | None],
     weight: Tensor,
-    rows: tuple[Tensor, Tensor | None, Tensor],
+    rows: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None = None,
     *,
     group_words: int = 0,
@@ -186,24 +210,15 @@ def run(
     """y [M, N] = x w^T + bias, in place.
 
     x        uint8 [16 KB, MT, 8, 16], 8 MT >= M rounded up to `tile.tokens`
-    tokens   scale fp32, zero point int32, sum of codes int32 [8 MT]; the sum [groups, 8 MT] if grouped
+    tokens   scale fp32, zero point int32, sum of codes int32 [8 MT]
     weight   int32 [NR, KB, planes, 32, 4]
     rows     scale fp32, zero point int32, centered sum int32 [NR 16];
-             if grouped scale fp32, zero point uint8 or None [groups, NR 16], offset fp32 [NR 16]
+             if grouped scale fp32, zero point uint8, centered sum int32 [groups, NR 16]
     """
     planes, k_blocks = weight.shape[2], weight.shape[1]
-    has_zero_point = rows[1] is not None
-    config = constants(
-        tile,
-        planes,
-        y.dtype,
-        group_words=group_words,
-        has_zero_point=has_zero_point,
-        programmatic=programmatic,
-        debug=debug,
-    )
-    groups = rows[0].shape[0] if group_words else 0
-    _launch("gemm_wgmma", config, tile, y, x, x.shape[1], tokens, weight, rows, bias, k_blocks, planes, None, (groups,))
+    config = constants(tile, planes, y.dtype, group_words=group_words, programmatic=programmatic, debug=debug)
+    more = (len(rows[0]) if group_words else 0,)
+    _launch("gemm_wgmma", config, tile, y, x, x.shape[1], tokens, weight, rows, bias, k_blocks, planes, None, more)
 
 
 def run_b1(

@@ -20,6 +20,11 @@ class Gpu:
         return self.capability < 100
 
     @property
+    def has_copy_engine(self) -> bool:
+        """Whether bulk copies fill shared memory."""
+        return self.capability >= 90
+
+    @property
     def has_wgmma(self) -> bool:
         return self.capability == 90
 

@@ -21,13 +21,14 @@ from abq_llm.scheme import Scheme
 
 
 def prepare(weight: list[Tensor], scheme: Scheme, in_features: int) -> list[Tensor]:
-    """[weight_packed, weight_scale, (weight_zero_point)] -> [planes, scale, zero, total, rows].
+    """[weight_packed, weight_scale, (weight_zero_point)] -> [planes, scale, zero, total, group_total, rows].
 
     With R = 16 ceil(N/16) rows and G groups, padded with zeros:
 
     planes  as above
     per channel   scale fp32 [R]      zero int32 [R]      total int32 [R] = sum_k (q - z)
-    grouped       scale fp32 [G, R]   zero uint8 [G, R]   total fp32 [R] = sum_g s_g sum_{k in g} (q - z)
+    grouped       scale fp32 [G, R]   zero uint8 [G, R]   total fp32 [R] = sum_g s_g group_total[g]
+                  group_total int32 [G, R] = sum_{k in g} (q - z), empty per channel
     rows    [N, 0]: holds nothing but N
     """
     packed, scale, *zero_point = weight
@@ -71,9 +72,10 @@ def _prepare(
     planes = _fragments(filled, problem)
     if problem.group_size:
         total = (centered.double() * scale.double()).sum(1).float()
-        tables = [pad(scale, (0, 0, *rows)).t(), pad(zero.to(torch.uint8), (0, 0, *rows)).t(), pad(total, rows)]
+        by_group = [pad(table, (0, 0, *rows)).t() for table in (scale, zero.to(torch.uint8), centered.int())]
+        tables = [*by_group[:2], pad(total, rows), by_group[2]]
     else:
-        tables = [pad(scale[:, 0], rows), pad(zero[:, 0], rows), pad(centered[:, 0].int(), rows)]
+        tables = [pad(scale[:, 0], rows), pad(zero[:, 0], rows), pad(centered[:, 0].int(), rows), zero.new_empty(0, 0)]
     prepared = [planes, *(table.contiguous() for table in tables)]
     if scale.is_cuda:
         torch.cuda.synchronize(scale.device)  # kernels read weights before they wait for their predecessor
@@ -91,6 +93,7 @@ def _(packed, scale, zero_point, scheme, weight_symmetric, activation_symmetric,
         scale.new_empty(table, dtype=torch.float32),
         scale.new_empty(table, dtype=torch.uint8 if grouped else torch.int32),
         scale.new_empty(rows, dtype=torch.float32 if grouped else torch.int32),
+        scale.new_empty(table if grouped else (0, 0), dtype=torch.int32),
     ]
 
 

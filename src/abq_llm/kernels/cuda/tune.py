@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels.cuda import activations, decode, gemm_mma, gemm_wgmma, jit, plan
+from abq_llm.kernels.cuda import activations, decode, gemm_mma, gemm_wgmma, gemm_wgmma_f16, jit, plan
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.plan import Plan
 from abq_llm.kernels.cuda.problem import Problem
@@ -35,6 +35,7 @@ TILES = {
     "mma": gemm_mma.Tile,
     "wgmma": gemm_wgmma.Tile,
     "wgmma_b1": gemm_wgmma.Tile,
+    "wgmma_f16": gemm_wgmma.Tile,
     "dequantize": None,
 }
 
@@ -257,6 +258,8 @@ def _kernel(candidate: Plan, problem: Problem, dtype: torch.dtype, gpu: Gpu) -> 
             tile, problem.planes, dtype, words, zero_point=grouped, programmatic=True, shared_limit=gpu.shared_limit
         )
     assert isinstance(tile, gemm_wgmma.Tile)
+    if candidate.path == "wgmma_f16":
+        return "gemm_wgmma_f16", gemm_wgmma_f16.constants(tile, problem, dtype)
     constants = gemm_wgmma.constants(tile, problem.planes, dtype, group_words=words, programmatic=True)
     if candidate.path == "wgmma_b1":
         return "gemm_wgmma_b1", {**constants, "x_planes": problem.bits}

@@ -6,90 +6,93 @@
 // the planes of W are multiplied as they come from memory: no expansion.
 //
 //              k-blocks of 256 columns:  0    1    2   ...        Each warp keeps its k-blocks of x in registers, and
-//     tile 0   16 rows                  w0   w1   w2   w3  w0     goes from tile to tile of the rows of W. What it will
-//     tile 1   16 rows                  w0   w1   w2   w3  w0     multiply is on its way into `C::stages` slots of shared
-//     ...                                                         memory, which no other warp sees: a queue without locks.
+//     tile 0   16 rows                  w0   w1   w2   w3  w0     goes from tile to tile of the rows of W, which come
+//     tile 1   16 rows                  w0   w1   w2   w3  w0     through a queue of `C::stages` stages in shared memory:
+//     ...                                                         a stage is one k-block of a row tile for every warp.
 //                                                                 Sums of the warps meet in shared memory, too, those of
 //                                                                 `C::pass` row tiles at a time.
-//
-// Weights do not depend on the kernel before, so the queue is filled before the wait for it.
 //
 //   C::columns    of a token in the product: its bits, rounded up to 2, 4, 8 or 16
 //   C::tiles      of 8 columns; a block does tiles * 8 / columns tokens
 //   C::x_blocks   k-blocks of a warp
-//   C::whole      there are no columns but those of x, and every warp has C::x_blocks k-blocks
-//   C::refill     the queue does not hold all that a warp multiplies
+//   C::full_rounds  of the k-blocks, in which every warp has one: C::x_blocks or one less
+//   C::full_blocks  k-blocks have no columns but those of x
+//   C::refill     the queue does not hold all that a block multiplies
+//   C::window     stages under way before x is here
 //   C::early      the next kernel may start, and read its weights, before x is here
 //   C::fused      x is quantized here, by every block anew: no kernel before this one to wait for
 //   C::in_floats  groups, or 16-bit x with a scale for every k-block: sums are scaled and added in fp32 part by part
 #pragma once
 
 #include "codes.cuh"
+#include "decode_queue.cuh"
 #include "epilogue.cuh"
 
-// Groups of `words` x 32 columns that meet a k-block of 8 words, at most
-__device__ constexpr int groups_in_block(int words) {
-    int most = 1;
-    for (int kb = 0; kb < words && kb < 64; kb++) {
-        int met = (8 * kb + 7) / words - 8 * kb / words + 1;
-        most = met > most ? met : most;
-    }
-    return most;
-}
-
 template <class C> struct DecodeShape {
+    static constexpr int threads = 32 * (C::warps + has_bulk_copies);  // of the queue, too
     static constexpr int tokens = C::tiles * 8 / C::columns;
-    static constexpr int groups_met = C::in_floats ? groups_in_block(C::group_words) : 0;
-    // A slot: planes | scales fp32 [groups_met][16] | zero points [groups_met][16] bytes, or int32 [16] if not grouped
-    static constexpr int scale_offset = C::planes * 512;
-    static constexpr int zero_offset = scale_offset + (C::grouped ? groups_met * 64 : 0);
-    static constexpr int slot_bytes = zero_offset + (C::grouped ? groups_met * 16 : groups_met * 64);
-    static constexpr int queue_bytes = C::stages * slot_bytes;
-    static_assert(C::queue_bytes == queue_bytes, "the host must ask for as much shared memory");
 };
 
-template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident) decode(
+// Sums over `lanes` neighbours, of which lane t keeps those of value[t], value[t + lanes], ... as value[0], value[1], ...
+// Two values in four lanes: lanes t and t + 2 keep the same.
+template <int lanes, class Sum, int n> __device__ inline void sum_over_lanes(Sum (&value)[n], int lane) {
+#pragma unroll
+    for (int distance = 1; distance < lanes; distance *= 2) {
+        const bool odd = lane & distance;
+        if (n < 2 * distance) value[0] += __shfl_xor_sync(~0u, value[0], distance);
+#pragma unroll
+        for (int i = 0; i < n / (2 * distance); i++) {
+            const Sum sent = odd ? value[2 * i] : value[2 * i + 1];
+            value[i] = (odd ? value[2 * i + 1] : value[2 * i]) + __shfl_xor_sync(~0u, sent, distance);
+        }
+    }
+}
+
+template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C::resident) decode(
     const uint4* weight, const void* x, const float* w_scale, const void* w_zero, const void* w_sum, const float* x_scale,
     const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N, int K, int k_blocks, int x_tiles,
     int row_tiles, int groups) {
     using T = typename C::T;
     using Sum = typename C::Sum;
-    using Shape = DecodeShape<C>;
-    constexpr int tokens = Shape::tokens, groups_met = Shape::groups_met;
+    using Queue = WeightQueue<C>;
+    constexpr int tokens = DecodeShape<C>::tokens, groups_met = Queue::groups_met;
     static_assert(C::pass == 1 || C::pass * tokens * 16 <= 32 * C::warps, "a thread writes outputs of one row");
     constexpr bool by_plane = !C::in_floats && C::tiles * C::planes <= 16;  // a sum for each plane fits in registers
     __shared__ Sum partial[2][C::pass][C::warps][tokens][16];
     __shared__ Grid token_grid[tokens];
     __shared__ int token_sum[tokens];
     extern __shared__ uint4 queues[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it is the same in all lanes
     const int first_tile = blockIdx.y * C::tiles, first_token = blockIdx.y * tokens;
-    const int padded_rows = row_tiles * 16;
 
-    unsigned char* queue = reinterpret_cast<unsigned char*>(queues) + warp * Shape::queue_bytes;
-    auto load = [&](int slot, int row_tile, int b) {
-        const int kb = b * C::warps + warp;
-        if (row_tile < row_tiles && (C::whole || kb < k_blocks)) {
-            unsigned char* to = queue + slot * Shape::slot_bytes;
-            const uint4* from = weight + ((long long)row_tile * k_blocks + kb) * (C::planes * 32) + lane;
+    const Queue queue{reinterpret_cast<unsigned char*>(queues), weight, w_scale, w_zero, k_blocks, row_tiles, groups};
+    auto has_block = [&](int b) { return b < C::full_rounds || b * C::warps + warp < k_blocks; };
+
+    __shared__ unsigned long long full[C::stages], empty[C::stages];
+    if constexpr (has_bulk_copies) {
+        if (threadIdx.x == 0) {
 #pragma unroll
-            for (int p = 0; p < C::planes; p++) copy_async_16(to + p * 512 + lane * 16, from + p * 32);
-            if constexpr (C::grouped) {
-                if (lane < groups_met * 4) {
-                    const long long row = (long long)min(8 * kb / C::group_words + lane / 4, groups - 1) * padded_rows + row_tile * 16;
-                    copy_async_16(to + Shape::scale_offset + lane * 16, w_scale + row + lane % 4 * 4);
-                }
-                if (lane < groups_met) {
-                    const long long row = (long long)min(8 * kb / C::group_words + lane, groups - 1) * padded_rows + row_tile * 16;
-                    copy_async_16(to + Shape::zero_offset + lane * 16, static_cast<const unsigned char*>(w_zero) + row);
-                }
-            } else if constexpr (C::in_floats) {
-                if (lane < 4) {
-                    copy_async_16(to + Shape::zero_offset + lane * 16, static_cast<const int*>(w_zero) + row_tile * 16 + lane * 4);
-                }
+            for (int s = 0; s < C::stages; s++) {
+                barrier_init(shared_address(&full[s]), 1);
+                barrier_init(shared_address(&empty[s]), C::warps);
             }
+            barrier_init_fence();
         }
-        copy_async_commit();
+        __syncthreads();
+        if (warp == C::warps) {
+            queue.fill(full, empty, lane);
+            return;
+        }
+    }
+    auto load = [&](int stage, int row_tile, int b) {  // where there is no copy engine
+        queue.copy_async(stage, row_tile, b * C::warps + warp, warp, lane, row_tile < row_tiles && has_block(b));
+    };
+    auto sync_block = [&] {  // but for the warp that copies
+        if constexpr (has_bulk_copies)
+            named_barrier(1, 32 * C::warps);
+        else
+            __syncthreads();
     };
     // What the epilogue needs of the row whose outputs this thread will write; also loaded a pass ahead
     const int tile_out = C::pass == 1 ? 0 : threadIdx.x / (tokens * 16);  // in the pass
@@ -105,8 +108,9 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
             offset_next = static_cast<const float*>(w_sum)[row];
         }
     };
+    if constexpr (!has_bulk_copies)
 #pragma unroll
-    for (int s = 0; s < C::stages; s++) load(s, blockIdx.x + s / C::x_blocks * gridDim.x, s % C::x_blocks);
+        for (int s = 0; s < C::stages; s++) load(s, blockIdx.x + s / C::x_blocks * gridDim.x, s % C::x_blocks);
     load_row(blockIdx.x);
     if constexpr (C::programmatic) {
         if constexpr (C::early) grid_dependency_launch();
@@ -120,16 +124,17 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
         __shared__ float tops[tokens][C::warps], bottoms[tokens][C::warps];
         if (threadIdx.x < tokens) token_sum[threadIdx.x] = 0;
         auto source = [&](int b, int h) {
-            return quad_source<C::group_size, C::group_padded, C::whole>(256 * (b * C::warps + warp) + fragment_column(lane, h), K);
+            return quad_source<C::group_size, C::group_padded, C::full_blocks>(256 * (b * C::warps + warp) + fragment_column(lane, h), K);
         };
-        Quad<T> quad[tokens][C::x_blocks][2];
+        Quad<T> quad[tokens][C::x_blocks][2] = {};
 #pragma unroll
         for (int m = 0; m < tokens; m++) {
             const T* token = static_cast<const T*>(x) + (long long)min(first_token + m, M - 1) * K;
 #pragma unroll
             for (int b = 0; b < C::x_blocks; b++)
 #pragma unroll
-                for (int h = 0; h < 2; h++) quad[m][b][h] = load_quad<T, C::aligned>(token, source(b, h));
+                for (int h = 0; h < 2; h++)
+                    if (has_block(b)) quad[m][b][h] = load_quad<T, C::aligned>(token, source(b, h));
         }
 #pragma unroll
         for (int m = 0; m < tokens; m++) {
@@ -144,7 +149,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
                 bottoms[m][warp] = bottom;
             }
         }
-        __syncthreads();
+        sync_block();
         unsigned words[C::x_blocks][C::tiles][2] = {};
 #pragma unroll
         for (int m = 0; m < tokens; m++) {
@@ -155,6 +160,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
             for (int b = 0; b < C::x_blocks; b++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
+                    if (!has_block(b)) continue;
                     const unsigned codes = codes_of<C::bits>(quad[m][b][h], source(b, h), grid);
                     sum = sum_of_bytes(codes, sum);
                     words[b][m * C::columns / 8][h] |= codes << (m * C::columns % 8);
@@ -182,13 +188,13 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
             }
     }
 
-    int parity = 0, slot = 0;
+    int parity = 0, stage = 0, filled = 0;
     for (int first_row_tile = blockIdx.x; first_row_tile < row_tiles; first_row_tile += C::pass * gridDim.x, parity ^= 1) {
         const int n_out = (first_row_tile + tile_out * gridDim.x) * 16 + threadIdx.x % 16;
         const float scale_out = scale_next, offset_out = offset_next;
         const int zero_out = zero_next, sum_out = sum_next;
-        load_row(first_row_tile + C::pass * gridDim.x);
-  
+        if (first_row_tile + C::pass * gridDim.x < row_tiles) load_row(first_row_tile + C::pass * gridDim.x);
+
 #pragma unroll C::pass * C::x_blocks * C::planes * C::tiles <= 32 ? C::pass : 1
         for (int r = 0; r < C::pass; r++) {
             const int row_tile = first_row_tile + r * gridDim.x;  // past the last one, sums that no one reads
@@ -197,14 +203,18 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
 #pragma unroll
             for (int b = 0; b < C::x_blocks; b++) {
                 const int kb = b * C::warps + warp;
-                copy_async_wait<C::stages - 1>();
-                if constexpr (C::in_floats) __syncwarp();  // other lanes have copied scales and zero points
-                const unsigned char* from = queue + slot * Shape::slot_bytes;
+                if constexpr (has_bulk_copies) {
+                    if (row_tile < row_tiles) barrier_wait<false>(shared_address(&full[stage]), filled);
+                } else {
+                    copy_async_wait<C::stages - 1>();
+                    if constexpr (C::in_floats) __syncwarp();  // other lanes have copied scales and zero points
+                }
+                const uint4* from = reinterpret_cast<const uint4*>(queue.planes(stage, warp)) + lane;
                 uint4 planes[C::planes];
 #pragma unroll
-                for (int p = 0; p < C::planes; p++) planes[p] = reinterpret_cast<const uint4*>(from)[p * 32 + lane];
-                if (!C::whole && kb >= k_blocks) {
-                    // nothing: the last round of k-blocks does not take all warps
+                for (int p = 0; p < C::planes; p++) planes[p] = from[p * 32];
+                if (!has_block(b)) {
+                    // nothing
                 } else if constexpr (by_plane) {
 #pragma unroll
                     for (int p = 0; p < C::planes; p++)
@@ -222,6 +232,7 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
                                 sums[n][half] += (product[2 * half] + 2 * product[2 * half + 1]) << p;
                         }
                 } else {
+                    const unsigned char* table = queue.table(stage, warp);
                     float scale[groups_met][2];  // of rows g and g + 8
                     int zero[groups_met][2];
 #pragma unroll
@@ -229,9 +240,8 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
 #pragma unroll
                         for (int half = 0; half < 2; half++) {
                             const int row = i * 16 + g + 8 * half;
-                            scale[i][half] = C::grouped ? reinterpret_cast<const float*>(from + Shape::scale_offset)[row] : 1;
-                            zero[i][half] = C::grouped ? from[Shape::zero_offset + row]
-                                                       : reinterpret_cast<const int*>(from + Shape::zero_offset)[row];
+                            scale[i][half] = C::grouped ? reinterpret_cast<const float*>(table)[row] : 1;
+                            zero[i][half] = C::grouped ? table[Queue::scale_bytes + row] : reinterpret_cast<const int*>(table)[row];
                         }
                     const int first = 8 * kb / C::group_words;
 #pragma unroll
@@ -265,46 +275,47 @@ template <class C> __global__ void __launch_bounds__(32 * C::warps, C::resident)
                             }
                         }
                     }
-                    __syncwarp();  // all lanes have read the slot
+                    if constexpr (!has_bulk_copies) __syncwarp();  // all lanes have read the table
                 }
-                if constexpr (C::refill) {
+                if constexpr (has_bulk_copies) {
+                    if constexpr (C::refill) {
+                        __syncwarp();  // all lanes have read the stage
+                        if (lane == 0 && row_tile < row_tiles) barrier_arrive(shared_address(&empty[stage]));
+                    }
+                } else if constexpr (C::refill) {
                     constexpr int ahead = C::stages;
-                    load(slot, row_tile + (b + ahead) / C::x_blocks * gridDim.x, (b + ahead) % C::x_blocks);
-                    slot = slot == C::stages - 1 ? 0 : slot + 1;
+                    load(stage, row_tile + (b + ahead) / C::x_blocks * gridDim.x, (b + ahead) % C::x_blocks);
                 } else {
                     copy_async_commit();  // for `copy_async_wait` to count
-                    slot++;
                 }
+                stage = stage == C::stages - 1 ? 0 : stage + 1;
+                if (stage == 0) filled ^= 1;
             }
 
-            // The columns of a token together: in a lane, over the lanes of a quad, and over the two tiles of 16 bits
+            // The columns of a token together: over the two tiles of 16 bits, then over the lanes
+            constexpr int lanes = C::columns >= 8 ? 4 : C::columns / 2, tiles_of_token = C::columns == 16 ? 2 : 1;
+            constexpr int values = 2 * C::tiles / tiles_of_token;
+            Sum value[values] = {};
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                Sum value[C::tiles];
+            for (int n = 0; n < C::tiles; n++)
 #pragma unroll
-                for (int n = 0; n < C::tiles; n++) {
+                for (int half = 0; half < 2; half++) {
                     if constexpr (by_plane)
 #pragma unroll
                         for (int p = 0; p < C::planes; p++)
                             sums[n][half] += (plane_sums[n][p][2 * half] + 2 * plane_sums[n][p][2 * half + 1]) << p;
-                    value[n] = sums[n][half] * Sum(1 << (2 * t % C::columns + (C::columns == 16 ? n % 2 * 8 : 0)));
-                    if constexpr (C::columns >= 4) value[n] += __shfl_xor_sync(~0u, value[n], 1);
-                    if constexpr (C::columns >= 8) value[n] += __shfl_xor_sync(~0u, value[n], 2);
+                    const int weight_of_column = 1 << (2 * t % C::columns + n % tiles_of_token * 8);
+                    value[n / tiles_of_token * 2 + half] += sums[n][half] * Sum(weight_of_column);
                 }
-                const int row = 8 * half + g;
-                if constexpr (C::columns == 16) {
+            sum_over_lanes<lanes>(value, t);
 #pragma unroll
-                    for (int n = 0; n < C::tiles; n += 2)
-                        if (t == 0) partial[parity][r][warp][n / 2][row] = value[n] + value[n + 1];
-                } else {
-                    constexpr int lanes = C::columns / 2;  // that share a token
-#pragma unroll
-                    for (int n = 0; n < C::tiles; n++)
-                        if (t % lanes == 0) partial[parity][r][warp][(8 / C::columns) * n + t / lanes][row] = value[n];
-                }
+            for (int j = 0; j < ceil_div(values, lanes); j++) {
+                const int i = lanes * j + t % lanes, token = i / 2 * (C::columns < 8 ? 8 / C::columns : 1) + t / lanes;
+                if (values >= lanes || t < values) partial[parity][r][warp][token][i % 2 * 8 + g] = value[j];
             }
         }
-        __syncthreads();
+
+        sync_block();
 
 #pragma unroll 1
         for (int at = threadIdx.x % (C::pass == 1 ? 1024 : tokens * 16); at < tokens * 16; at += 32 * C::warps) {

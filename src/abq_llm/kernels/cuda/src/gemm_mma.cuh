@@ -6,12 +6,14 @@
 //                                                                                  shared memory is only a deep queue, no one else waits
 //     tokens    global -> shared -> ldmatrix -> operand B                          shared by the `warps_rows` warps of a slice
 //
-// in a queue of `stages` column blocks. `warps_k` slices of `warps_rows` warps, and `split_k` thread blocks, divide the columns; their
-// sums meet in shared memory (in global memory for split_k) and are added in a fixed order, so that results repeat to the bit.
+// in a queue of `stages` column blocks. `warps_k` slices of `warps_rows` warps divide the columns; their sums meet in shared memory and
+// are added in a fixed order, so that results repeat to the bit.
 //
-// Grouped weights: the integer sum of a group becomes a float and is scaled at the end of the group. Slices begin with a group.
+// Grouped weights: the integer sum of a group becomes a float and is scaled at the end of the group. Slices begin with a group. A single
+// slice adds the groups in the reference's order and with its roundings, to the same bits; several have the zero points of the tokens
+// corrected once, at the end, which needs fewer tables.
 //
-// Constants: planes, tokens, warps_rows, row_tiles, warps_k, split_k, stages, grouped, group_words (group size / 32),
+// Constants: planes, tokens, warps_rows, row_tiles, warps_k, stages, grouped, group_words (group size / 32),
 // has_zero_point (grouped weights only), programmatic, shared_bytes, blocks_per_sm; type T of the output.
 #pragma once
 
@@ -19,16 +21,8 @@
 #include "epilogue.cuh"
 #include "int8.cuh"
 
-__device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-// Groups that a block of 8 words meets at most
-__device__ constexpr int groups_in_block(int group_words) {
-    int most = 1;
-    for (int kb = 0; kb < group_words; kb++) most = larger(most, (8 * kb + 7) / group_words - 8 * kb / group_words + 1);
-    return most;
-}
-
 // Four 8x16-byte tiles (two if `b` has two registers), each from eight 16-byte rows whose addresses lanes 8i.. 8i+7 give
 __device__ inline void load_matrices(unsigned (&b)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -81,6 +75,7 @@ template <class C> struct GemmMma {
 
     // Groups of 32 * group_words columns against blocks of 8 words
     static constexpr bool groups_fit_blocks = 8 % C::group_words == 0;
+    static constexpr bool in_order = C::grouped && C::warps_k == 1;
     static constexpr int ends_apart = greatest_common_divisor(C::group_words, 8);      // a group ends at multiples of this only
     static constexpr int slice_unit = C::grouped ? C::group_words / ends_apart : 1;  // blocks after which both end
 
@@ -99,8 +94,10 @@ template <class C> struct GemmMma {
     static constexpr int tokens_offset = 0;                                                        // u8 [16 chunks][tile][8][16]
     static constexpr int weight_offset = tokens_offset + 256 * C::tokens;                          // uint4 [row tile][plane][lane]
     static constexpr int scale_offset = weight_offset + 512 * C::planes * block_row_tiles;         // float [group][row]
-    static constexpr int group_sum_offset = scale_offset + 4 * group_slots * rows;                 // int [group][token]
-    static constexpr int zero_offset = group_sum_offset + 4 * zero_slots * C::tokens;              // u8 [group][row]
+    static constexpr int total_offset = scale_offset + 4 * group_slots * rows;                     // int [group][row]
+    static constexpr int group_sum_offset = total_offset + (in_order ? 4 * group_slots * rows : 0); // int [group][token]
+    static constexpr int x_zero_offset = group_sum_offset + 4 * zero_slots * C::tokens;            // int [token]
+    static constexpr int zero_offset = x_zero_offset + (in_order ? 4 * C::tokens : 0);            // u8 [group][row]
     static constexpr int stage_bytes = zero_offset + zero_slots * rows;
     static constexpr int sum_pitch = rows + 4;  // four lanes two tokens apart, eight lanes a row apart: 32 banks
     static constexpr int queue_bytes = larger(C::warps_k * C::stages * stage_bytes, C::warps_k * C::tokens * sum_pitch * 4);
@@ -115,44 +112,50 @@ template <class C> struct GemmMma {
 
 __device__ inline float float_below_2_23(unsigned value) { return __uint_as_float(0x4B000000u | value) - 8388608.0f; }
 
-// End of a group: total += scale * (sum - zero * group_sum). `row` and `token` are the lane's first ones in the block.
+// End of a group: y += scale * (sum - zero * group_sum - x_zero * total), the last term in order only. `row` and `token` are the lane's
+// first ones in the block.
 template <class C>
 __device__ inline void add_group(
-    float (&total)[C::row_tiles][C::tokens / 8][4], int (&sum)[C::row_tiles][C::tokens / 8][4], const unsigned char* stage,
+    float (&y)[C::row_tiles][C::tokens / 8][4], int (&sum)[C::row_tiles][C::tokens / 8][4], const unsigned char* stage,
     int slot, int row, int token) {
     using G = GemmMma<C>;
     const float* scales = reinterpret_cast<const float*>(stage + G::scale_offset) + slot * G::rows + row;
+    const int* totals = reinterpret_cast<const int*>(stage + G::total_offset) + slot * G::rows + row;
     const unsigned char* zeros = stage + G::zero_offset + slot * G::rows + row;
     const int* group_sums = reinterpret_cast<const int*>(stage + G::group_sum_offset) + slot * C::tokens + token;
+    const int* x_zeros = reinterpret_cast<const int*>(stage + G::x_zero_offset) + token;
     float scale[C::row_tiles][2];
-    int zero[C::row_tiles][2] = {};
+    int total[C::row_tiles][2] = {}, zero[C::row_tiles][2] = {};
 #pragma unroll
     for (int r = 0; r < C::row_tiles; r++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             scale[r][half] = scales[16 * r + 8 * half];
+            if constexpr (G::in_order) total[r][half] = totals[16 * r + 8 * half];
             if constexpr (C::has_zero_point) zero[r][half] = zeros[16 * r + 8 * half];
         }
 #pragma unroll
     for (int n = 0; n < C::tokens / 8; n++) {
-        int group_sum[2] = {};
-        if constexpr (C::has_zero_point) {
-            int2 pair = *reinterpret_cast<const int2*>(group_sums + 8 * n);
-            group_sum[0] = pair.x, group_sum[1] = pair.y;
-        }
+        int2 x_zero = make_int2(0, 0), group_sum = make_int2(0, 0);
+        if constexpr (G::in_order) x_zero = *reinterpret_cast<const int2*>(x_zeros + 8 * n);
+        if constexpr (C::has_zero_point) group_sum = *reinterpret_cast<const int2*>(group_sums + 8 * n);
 #pragma unroll
         for (int r = 0; r < C::row_tiles; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float value;
-                if constexpr (G::sums_in_mantissa) {  // all three are integers below 2^24: the multiply-add rounds like one conversion
-                    value = __int_as_float(sum[r][n][i]) - 8388608.0f;
+                const int z = i % 2 ? x_zero.y : x_zero.x, s = i % 2 ? group_sum.y : group_sum.x;
+                float term = 0;
+                if constexpr (G::sums_in_mantissa) {  // 2^23 + integers below 2^23: exact, until the last rounds once
+                    float value = __int_as_float(sum[r][n][i]);
                     if constexpr (C::has_zero_point)
-                        value = __fmaf_rn(-float_below_2_23(zero[r][i / 2]), float_below_2_23(group_sum[i % 2]), value);
+                        value = __fmaf_rn(-float_below_2_23(zero[r][i / 2]), float_below_2_23(s), value);
+                    if constexpr (G::in_order) value = __fmaf_rn(-float_below_2_23(z), float(total[r][i / 2]), value);
+                    term = __fmaf_rn(value, scale[r][i / 2], -8388608.0f * scale[r][i / 2]);
                 } else {
-                    value = float(sum[r][n][i] - zero[r][i / 2] * group_sum[i % 2]);
+                    const int value = sum[r][n][i] - zero[r][i / 2] * s - z * total[r][i / 2];
+                    term = __fmul_rn(float(value), scale[r][i / 2]);
                 }
-                total[r][n][i] = __fmaf_rn(value, scale[r][i / 2], total[r][n][i]);
+                y[r][n][i] = __fadd_rn(y[r][n][i], term);
                 if constexpr (!G::groups_fit_blocks) sum[r][n][i] = G::sum_start;
             }
     }
@@ -211,14 +214,13 @@ __device__ inline void multiply_block(
 }
 
 // per channel: w_scale [N], w_zero int [N], w_sum int [N] (centered_sum), x_sum [8 MT].
-// grouped: w_scale [groups][N], w_zero unsigned char [groups][N], w_sum float [N] (offset), x_sum [groups][8 MT]; without zero points
+// grouped: w_scale [groups][N], w_zero unsigned char [groups][N], x_sum [groups][8 MT], w_sum int [groups][N] in order (group_total),
+// else float [N] (offset); without zero points
 // w_zero and x_sum are null. N is padded to 16 in all of them, MT is that of ACT_U8.
-// partials: split_k * blocks * tokens * rows sums; arrivals: one zero per block, left as zeros. Both null for split_k = 1.
 template <class C>
 __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mma(
     const uint4* weight, const unsigned char* x, const float* w_scale, const void* w_zero, const void* w_sum, const float* x_scale,
-    const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N, int KB, int MT, int groups, void* partials,
-    int* arrivals) {
+    const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N, int KB, int MT, int groups) {
     using G = GemmMma<C>;
     using Sum = typename G::Sum;
     extern __shared__ uint4 shared_memory[];
@@ -230,9 +232,9 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
     const int column_tokens = 8 * MT;
 
     // This slice's blocks of columns
-    const int units = ceil_div(KB, G::slice_unit), part = blockIdx.z * C::warps_k + slice, parts = C::split_k * C::warps_k;
-    const int kb_begin = smaller(KB, units * part / parts * G::slice_unit);
-    const int kb_end = smaller(KB, units * (part + 1) / parts * G::slice_unit);
+    const int units = ceil_div(KB, G::slice_unit);
+    const int kb_begin = smaller(KB, units * slice / C::warps_k * G::slice_unit);
+    const int kb_end = smaller(KB, units * (slice + 1) / C::warps_k * G::slice_unit);
 
     unsigned char* queue = shared + slice * C::stages * G::stage_bytes;
     float* row_scale = reinterpret_cast<float*>(shared + G::queue_bytes);
@@ -263,8 +265,11 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
 #pragma unroll
             for (int piece = slice_thread; piece < G::group_slots * G::rows / 4; piece += G::slice_threads) {
                 int group = first_group + piece / (G::rows / 4), row = first_row + piece % (G::rows / 4) * 4;
-                copy_async_16_or_zero(stage + G::scale_offset + 16 * piece, w_scale + (long long)(group)*padded_rows + row,
-                                      group < groups && row < padded_rows);
+                const long long place = (long long)(group)*padded_rows + row;
+                const bool inside = group < groups && row < padded_rows;
+                copy_async_16_or_zero(stage + G::scale_offset + 16 * piece, w_scale + place, inside);
+                if constexpr (G::in_order)
+                    copy_async_16_or_zero(stage + G::total_offset + 16 * piece, static_cast<const int*>(w_sum) + place, inside);
             }
         }
         if constexpr (G::zero_slots > 0) {
@@ -298,6 +303,12 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
                 copy_async_16(target + (c * C::tokens + i * G::slice_threads) * 16, token_source + piece_offset[i]);
             token_source += chunks_at_once * chunk_bytes;
         }
+        if constexpr (G::in_order) {
+            if (slice_thread < C::tokens / 4) {
+                const int token = first_token + slice_thread * 4;
+                copy_async_16_or_zero(stage + G::x_zero_offset + 16 * slice_thread, x_zero + token, token < column_tokens);
+            }
+        }
         if constexpr (G::zero_slots > 0) {
 #pragma unroll
             for (int four = slice_thread; four < G::zero_slots * C::tokens / 4; four += G::slice_threads) {
@@ -317,7 +328,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
             copy_async_4(row_scale + row, w_scale + first_row + row);
             copy_async_4(row_zero + row, static_cast<const int*>(w_zero) + first_row + row);
         }
-        copy_async_4(row_sum + row, static_cast<const int*>(w_sum) + first_row + row);
+        if constexpr (!G::in_order) copy_async_4(row_sum + row, static_cast<const int*>(w_sum) + first_row + row);
         if (bias) copy_async_4(row_bias + row, bias + first_row + row);
     }
     if constexpr (C::programmatic) {
@@ -326,7 +337,7 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
     }
     for (int token = thread; token < C::tokens && first_token + token < M; token += G::threads) {
         copy_async_4(token_scale + token, x_scale + first_token + token);
-        copy_async_4(token_zero + token, x_zero + first_token + token);
+        if constexpr (!G::in_order) copy_async_4(token_zero + token, x_zero + first_token + token);
         if constexpr (!C::grouped) copy_async_4(token_sum + token, x_sum + first_token + token);
     }
 #pragma unroll
@@ -390,43 +401,18 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
             else
                 value[i] += int(bits[i]);
     };
-    auto add_slices = [&](Sum(&value)[8], int token) {
-#pragma unroll
-        for (int s = 0; s < C::warps_k; s++) add_8(value, sums + (s * C::tokens + token) * G::sum_pitch + row);
-    };
-
-    // Split over thread blocks: whoever comes last adds the parts of all, in their order
-    const int blocks = gridDim.x * gridDim.y, block = blockIdx.y * gridDim.x + blockIdx.x;
-    auto partial = [&](int z, int token) {
-        return static_cast<Sum*>(partials) + (((long long)(z)*blocks + block) * C::tokens + token) * G::rows + row;
-    };
-    if constexpr (C::split_k > 1) {
-        for (int token = thread / row_octets; token < C::tokens && first_token + token < M; token += G::threads / row_octets) {
-            Sum value[8] = {};
-            add_slices(value, token);
-            Sum* place = partial(blockIdx.z, token);
-#pragma unroll
-            for (int i = 0; i < 8; i++) place[i] = value[i];
-        }
-        __threadfence();
-        __syncthreads();
-        bool last = thread == 0 && atomicAdd(arrivals + block, 1) == C::split_k - 1;
-        if (!__syncthreads_or(last)) return;
-        __threadfence();
-        if (thread == 0) arrivals[block] = 0;
-    }
 
     const int columns = N - (first_row + row);
     for (int token = thread / row_octets; columns > 0 && token < C::tokens && first_token + token < M; token += G::threads / row_octets) {
         Sum value[8] = {};
-        if constexpr (C::split_k > 1)
-            for (int z = 0; z < C::split_k; z++) add_8(value, partial(z, token));
-        else
-            add_slices(value, token);
+#pragma unroll
+        for (int s = 0; s < C::warps_k; s++) add_8(value, sums + (s * C::tokens + token) * G::sum_pitch + row);
         float output[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            if constexpr (C::grouped)
+            if constexpr (G::in_order)
+                output[i] = __fmul_rn(value[i], token_scale[token]);
+            else if constexpr (C::grouped)
                 output[i] = output_grouped(value[i], __int_as_float(row_sum[row + i]), token_zero[token], token_scale[token]);
             else
                 output[i] = output_per_channel(value[i], row_zero[row + i], row_sum[row + i], row_scale[row + i], token_zero[token],

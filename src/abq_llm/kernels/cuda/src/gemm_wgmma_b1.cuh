@@ -8,7 +8,7 @@
 #pragma once
 #include "wgmma_tile.cuh"
 
-template <class C> using BinaryShape = Tile<C, 2 * C::x_planes, 2 * C::x_planes>;
+template <class C> using BinaryShape = Tile<C, 2 * C::x_planes, 2 * C::x_planes, 3>;
 
 template <class C> struct BinaryProducts {
     using Shape = BinaryShape<C>;
@@ -67,12 +67,12 @@ __global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident)
 
     shared.init_together();
     if (warpgroup == C::consumers) {
-        produce<2 * C::x_planes>(shared, tiles, weight, x, x_scale, x_zero, x_sum, N, KB, MT);
+        produce(shared, tiles, weight, x, x_scale, x_zero, x_sum, N, KB, MT);
     } else {
         if constexpr (Shape::deals_registers) registers_raise<Shape::consumer_registers>();
         BinaryProducts<C> products;
         constexpr int sets = BinaryProducts<C>::sets;
-        const int row_tile = warpgroup * 4 + warp;
+        const int row_tile = warpgroup * 4 + warp;  // in the tile
         for (Place<2> buffer; tiles.any(); tiles.advance(), buffer.advance()) {
 #pragma unroll
             for (int s = 0; s < sets; ++s) {
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident)
             for (int s = 0; s < sets; ++s) wgmma_fence_registers(products.acc[s]);
 
             barrier_wait<C::debug>(shared.tokens_full(buffer.index), buffer.parity);
-            const int n0 = tiles.row_tile0() * 16 + warpgroup * 64, n = n0 + warp * 16 + lane / 4;
+            const int n0 = (tiles.row_tile0() + row_tile) * 16, n = n0 + lane / 4;
             const Row rows[2] = {{n, w_scale, w_zero, w_centered_sum, bias, N},
                                  {n + 8, w_scale, w_zero, w_centered_sum, bias, N}};
             write_out<C::tokens>(shared.out(), y, tiles.token0(), n0, M, N, [&](int j, float(&results)[4]) {

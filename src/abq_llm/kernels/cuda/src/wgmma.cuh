@@ -1,64 +1,7 @@
-// Hopper's asynchronous instructions: barriers in shared memory, bulk copies, warpgroup matrix products.
+// Hopper's warpgroup matrix products, and registers dealt among warpgroups.
 #pragma once
-#include "common.cuh"
+#include "bulk.cuh"
 
-// ---------------------------------------------------------------------------------------------------------- barriers
-// A phase of a barrier ends when its arrivals and the bytes announced for it are all in. Who waits for phase number f
-// (0, 1, ...) waits for parity f & 1; waiting for parity 1 on a fresh barrier returns at once.
-
-__device__ inline void barrier_init(unsigned barrier, unsigned arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-// Makes initialised barriers visible to the copy engine.
-__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
-__device__ inline void barrier_arrive_expecting(unsigned barrier, unsigned bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ inline void barrier_arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ inline unsigned long long nanoseconds() {
-    unsigned long long now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
-}
-
-// With `bounded`, traps instead of hanging when what it waits for does not come within two seconds.
-template <bool bounded> __device__ inline void barrier_wait(unsigned barrier, unsigned parity) {
-    unsigned long long start = 0;
-    while (true) {
-        unsigned done;
-        asm volatile(
-            "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-        if (done) return;
-        if constexpr (bounded) {
-            if (start == 0) start = nanoseconds();
-            if (nanoseconds() - start > 2000000000ull) __trap();
-        }
-    }
-}
-
-// One of the sixteen named barriers of a block, for `threads` of its threads
-__device__ inline void named_barrier(int name, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
-// --------------------------------------------------------------------------------------------------------------- copies
-// `bytes` and both addresses are multiples of 16; the barrier counts the bytes.
-
-__device__ inline void bulk_copy(unsigned shared, const void* global, unsigned bytes, unsigned barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-        "l"(global), "r"(bytes), "r"(barrier)
-        : "memory");
-}
 
 // ---------------------------------------------------------------------------------------------------------- registers
 
@@ -92,7 +35,7 @@ template <int pending> __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 // Keeps the compiler from moving accesses of `d` across this place.
-template <int n> __device__ inline void wgmma_fence_registers(int (&d)[n]) {
+template <class Word, int n> __device__ inline void wgmma_fence_registers(Word (&d)[n]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
@@ -139,40 +82,40 @@ template <int n> struct Wgmma;
 #define ABQ_D120 ABQ_D112 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define ABQ_D128 ABQ_D120 ",%120,%121,%122,%123,%124,%125,%126,%127"
 
-// u8: k = 32 unsigned bytes; b1: k = 256 bits, D += popcount(A & B)
-#define ABQ_WGMMA(n, registers, outputs, a0, a1, a2, a3, b, use)                                                     \
-    template <> struct Wgmma<n> {                                                                                    \
-        static __device__ inline void u8(int (&d)[n / 2], const unsigned (&a)[4], unsigned long long b_descriptor,   \
-                                         int accumulate) {                                                           \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, " use ", 0;"                                                 \
-                         " wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.u8.u8"                                     \
-                         " {" registers "}, {" a0 "," a1 "," a2 "," a3 "}, " b ", p;}"                               \
-                         : outputs                                                                                   \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(accumulate));          \
-        }                                                                                                            \
-        static __device__ inline void b1(int (&d)[n / 2], const unsigned (&a)[4], unsigned long long b_descriptor,   \
-                                         int accumulate) {                                                           \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, " use ", 0;"                                                 \
-                         " wgmma.mma_async.sync.aligned.m64n" #n "k256.s32.b1.b1.and.popc"                           \
-                         " {" registers "}, {" a0 "," a1 "," a2 "," a3 "}, " b ", p;}"                               \
-                         : outputs                                                                                   \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(accumulate));          \
-        }                                                                                                            \
+// u8, s8: k = 32 bytes, of A unsigned or signed, of B unsigned; b1: k = 256 bits, D += popcount(A & B);
+// f16, bf16: k = 16, D the bits of fp32
+#define ABQ_PRODUCT(name, shape, more, registers, a0, a1, a2, a3, b, use, ...)                                       \
+    static __device__ inline void name(int (&d)[size], const unsigned (&a)[4], unsigned long long b_descriptor,     \
+                                       int accumulate) {                                                            \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " use ", 0;"                                                    \
+                     " wgmma.mma_async.sync.aligned." shape                                                         \
+                     " {" registers "}, {" a0 "," a1 "," a2 "," a3 "}, " b ", p" more ";}"                          \
+                     : __VA_ARGS__                                                                                  \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(accumulate));             \
+    }
+#define ABQ_WGMMA(n, ...)                                                             \
+    template <> struct Wgmma<n> {                                                     \
+        static constexpr int size = n / 2;                                            \
+        ABQ_PRODUCT(u8, "m64n" #n "k32.s32.u8.u8", "", __VA_ARGS__)                   \
+        ABQ_PRODUCT(s8, "m64n" #n "k32.s32.s8.u8", "", __VA_ARGS__)                   \
+        ABQ_PRODUCT(b1, "m64n" #n "k256.s32.b1.b1.and.popc", "", __VA_ARGS__)         \
+        ABQ_PRODUCT(f16, "m64n" #n "k16.f32.f16.f16", ", 1, 1, 0", __VA_ARGS__)       \
+        ABQ_PRODUCT(bf16, "m64n" #n "k16.f32.bf16.bf16", ", 1, 1, 0", __VA_ARGS__)    \
     };
-ABQ_WGMMA(8, ABQ_D4, ABQ_OUT4, "%4", "%5", "%6", "%7", "%8", "%9")
-ABQ_WGMMA(16, ABQ_D8, ABQ_OUT8(0), "%8", "%9", "%10", "%11", "%12", "%13")
-ABQ_WGMMA(32, ABQ_D16, ABQ_OUT16, "%16", "%17", "%18", "%19", "%20", "%21")
-ABQ_WGMMA(48, ABQ_D24, ABQ_OUT24, "%24", "%25", "%26", "%27", "%28", "%29")
-ABQ_WGMMA(64, ABQ_D32, ABQ_OUT32, "%32", "%33", "%34", "%35", "%36", "%37")
-ABQ_WGMMA(80, ABQ_D40, ABQ_OUT40, "%40", "%41", "%42", "%43", "%44", "%45")
-ABQ_WGMMA(96, ABQ_D48, ABQ_OUT48, "%48", "%49", "%50", "%51", "%52", "%53")
-ABQ_WGMMA(112, ABQ_D56, ABQ_OUT56, "%56", "%57", "%58", "%59", "%60", "%61")
-ABQ_WGMMA(128, ABQ_D64, ABQ_OUT64, "%64", "%65", "%66", "%67", "%68", "%69")
-ABQ_WGMMA(144, ABQ_D72, ABQ_OUT72, "%72", "%73", "%74", "%75", "%76", "%77")
-ABQ_WGMMA(160, ABQ_D80, ABQ_OUT80, "%80", "%81", "%82", "%83", "%84", "%85")
-ABQ_WGMMA(176, ABQ_D88, ABQ_OUT88, "%88", "%89", "%90", "%91", "%92", "%93")
-ABQ_WGMMA(192, ABQ_D96, ABQ_OUT96, "%96", "%97", "%98", "%99", "%100", "%101")
-ABQ_WGMMA(208, ABQ_D104, ABQ_OUT104, "%104", "%105", "%106", "%107", "%108", "%109")
-ABQ_WGMMA(224, ABQ_D112, ABQ_OUT112, "%112", "%113", "%114", "%115", "%116", "%117")
-ABQ_WGMMA(240, ABQ_D120, ABQ_OUT120, "%120", "%121", "%122", "%123", "%124", "%125")
-ABQ_WGMMA(256, ABQ_D128, ABQ_OUT128, "%128", "%129", "%130", "%131", "%132", "%133")
+ABQ_WGMMA(8, ABQ_D4, "%4", "%5", "%6", "%7", "%8", "%9", ABQ_OUT4)
+ABQ_WGMMA(16, ABQ_D8, "%8", "%9", "%10", "%11", "%12", "%13", ABQ_OUT8(0))
+ABQ_WGMMA(32, ABQ_D16, "%16", "%17", "%18", "%19", "%20", "%21", ABQ_OUT16)
+ABQ_WGMMA(48, ABQ_D24, "%24", "%25", "%26", "%27", "%28", "%29", ABQ_OUT24)
+ABQ_WGMMA(64, ABQ_D32, "%32", "%33", "%34", "%35", "%36", "%37", ABQ_OUT32)
+ABQ_WGMMA(80, ABQ_D40, "%40", "%41", "%42", "%43", "%44", "%45", ABQ_OUT40)
+ABQ_WGMMA(96, ABQ_D48, "%48", "%49", "%50", "%51", "%52", "%53", ABQ_OUT48)
+ABQ_WGMMA(112, ABQ_D56, "%56", "%57", "%58", "%59", "%60", "%61", ABQ_OUT56)
+ABQ_WGMMA(128, ABQ_D64, "%64", "%65", "%66", "%67", "%68", "%69", ABQ_OUT64)
+ABQ_WGMMA(144, ABQ_D72, "%72", "%73", "%74", "%75", "%76", "%77", ABQ_OUT72)
+ABQ_WGMMA(160, ABQ_D80, "%80", "%81", "%82", "%83", "%84", "%85", ABQ_OUT80)
+ABQ_WGMMA(176, ABQ_D88, "%88", "%89", "%90", "%91", "%92", "%93", ABQ_OUT88)
+ABQ_WGMMA(192, ABQ_D96, "%96", "%97", "%98", "%99", "%100", "%101", ABQ_OUT96)
+ABQ_WGMMA(208, ABQ_D104, "%104", "%105", "%106", "%107", "%108", "%109", ABQ_OUT104)
+ABQ_WGMMA(224, ABQ_D112, "%112", "%113", "%114", "%115", "%116", "%117", ABQ_OUT112)
+ABQ_WGMMA(240, ABQ_D120, "%120", "%121", "%122", "%123", "%124", "%125", ABQ_OUT120)
+ABQ_WGMMA(256, ABQ_D128, "%128", "%129", "%130", "%131", "%132", "%133", ABQ_OUT128)

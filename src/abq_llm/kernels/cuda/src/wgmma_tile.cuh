@@ -11,13 +11,14 @@
 #include "epilogue.cuh"
 #include "wgmma.cuh"
 
-// chunks: of tokens x 16 bytes of x, in a k-block and in a stage
-template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
+// chunks: of tokens x 16 bytes of x, in a k-block and in a stage; words_of_token: what else is known of one, at most three
+template <class C, int chunks_per_block, int stage_chunks, int words_of_token> struct Tile {
     static constexpr int consumer_threads = C::consumers * 128;
     static constexpr int threads = consumer_threads + 128;
     static constexpr int row_tiles = C::consumers * C::slabs * 4;
     static constexpr int rows = row_tiles * 16;
 
+    static constexpr int chunks_per_stage = stage_chunks;
     static constexpr int chunk_bytes = C::tokens * 16;
     static constexpr int stage_bytes = chunks_per_stage * chunk_bytes;
     static constexpr int stages_per_block = chunks_per_block / chunks_per_stage;
@@ -25,7 +26,7 @@ template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
     static constexpr int slot_bytes = row_tiles * tile_bytes;
 
     static constexpr int barrier_bytes = 384;
-    static constexpr int token_words = C::grouped ? 2 : 3;  // scale, zero point, sum
+    static constexpr int token_words = words_of_token;  // scale, zero point, sum
     static constexpr int token_bytes = 3 * C::tokens * 4;
     static constexpr int x_offset = ceil_div(barrier_bytes + 2 * token_bytes, 128) * 128;
     static constexpr int weight_offset = x_offset + C::stages * stage_bytes;
@@ -43,11 +44,11 @@ template <class C, int chunks_per_block, int chunks_per_stage> struct Tile {
     static_assert(row_tiles <= 32 && chunks_per_stage <= 32, "one lane copies one piece");
 };
 
-// Bytes from one token's 64 results to the next one's in shared memory; 16 more than they take, against bank conflicts
-template <class T> constexpr int out_pitch = 64 * sizeof(T) + 16;
-// Tokens whose results of 64 rows are on their way at a time; a warpgroup has room for twice as many
+// Results leave by warps, 16 rows each: bytes from one token's 16 results to the next one's in shared memory (16 more than
+// they take, against bank conflicts), and tokens on their way at a time. A warp has room for twice as many.
+template <class T> constexpr int out_pitch = 16 * sizeof(T) + 16;
 template <class T> constexpr int out_tokens = 32 / sizeof(T);
-constexpr int out_bytes = 2 * 16 * (64 * 2 + 16);  // of a warpgroup
+constexpr int out_bytes = 2 * 16 * (16 * 2 + 16);  // of a warp
 static_assert(2 * out_tokens<float> * out_pitch<float> <= out_bytes);
 
 // A place in a ring of `size` buffers, each with a barrier "full" and one "empty", and the parity of its present round
@@ -95,14 +96,32 @@ template <class C, class Shape> struct Shared {
         __syncthreads();
     }
 
-    // Where this warpgroup's results are on their way out
-    __device__ unsigned out() const {
-        return base + Shape::out_offset + threadIdx.x / 128 * out_bytes;
-    }
+    // Where this warp's results are on their way out
+    __device__ unsigned out() const { return base + Shape::out_offset + threadIdx.x / 32 * out_bytes; }
 
     // A warp has done with a stage.
     __device__ void release_x(int stage, int lane) const {
         if (lane == 0) barrier_arrive(x_empty(stage));
+    }
+};
+
+// Warpgroups take turns to start their products, in a ring, so that one makes its next operands while another multiplies;
+// left to themselves, they would all do the same at the same time. The named barrier of a warpgroup brings it its turn.
+template <class C> struct Turns {
+    static constexpr bool any = C::consumers > 1 && C::tokens > 64;  // fewer are multiplied before a turn is passed
+    const int mine = threadIdx.x / 128;
+
+    __device__ void begin() const {
+        if (any && mine == C::consumers - 1) pass();
+    }
+    __device__ void take() const {
+        if (any) named_barrier(1 + mine, 256);
+    }
+    __device__ void pass() const {
+        if (any) named_barrier_arrive(1 + (mine + 1 == C::consumers ? 0 : mine + 1), 256);
+    }
+    __device__ void end() const {
+        if (mine == 0) take();
     }
 };
 
@@ -119,7 +138,7 @@ template <class C, class Shape> struct Tiles {
 };
 
 // x of one tile: KB k-blocks from `x` on; `chunk_stride` bytes lie between chunks in global memory.
-template <class C, class Shape, int chunks_per_stage>
+template <class C, class Shape>
 __device__ inline void produce_x(const Shared<C, Shape>& shared, Place<C::stages>& place, const unsigned char* x,
                                  size_t chunk_stride, int KB, int lane) {
     for (int stage = 0; stage < KB * Shape::stages_per_block; ++stage) {
@@ -127,11 +146,11 @@ __device__ inline void produce_x(const Shared<C, Shape>& shared, Place<C::stages
         barrier_wait<C::debug>(shared.x_empty(place.index), place.parity ^ 1);
         if (lane == 0) barrier_arrive_expecting(full, Shape::stage_bytes);
         __syncwarp();
-        if (lane < chunks_per_stage) {
+        if (lane < Shape::chunks_per_stage) {
             bulk_copy(shared.x(place.index) + lane * Shape::chunk_bytes, x + lane * chunk_stride, Shape::chunk_bytes,
                       full);
         }
-        x += chunks_per_stage * chunk_stride;
+        x += Shape::chunks_per_stage * chunk_stride;
         place.advance();
     }
 }
@@ -165,11 +184,11 @@ __device__ inline void produce_token_data(const Shared<C, Shape>& shared, const 
     barrier_arrive_expecting(full, Shape::token_words * bytes);
     bulk_copy(to, scale + token0, bytes, full);
     bulk_copy(to + bytes, zero + token0, bytes, full);
-    if constexpr (!C::grouped) bulk_copy(to + 2 * bytes, sum + token0, bytes, full);
+    if constexpr (Shape::token_words > 2) bulk_copy(to + 2 * bytes, sum + token0, bytes, full);
 }
 
 // All that the producing warpgroup does
-template <int chunks_per_stage, class C, class Shape>
+template <class C, class Shape>
 __device__ inline void produce(const Shared<C, Shape>& shared, Tiles<C, Shape> tiles, const uint4* weight,
                                const unsigned char* x, const float* x_scale, const int* x_zero, const int* x_sum, int N, int KB,
                                int MT) {
@@ -180,12 +199,12 @@ __device__ inline void produce(const Shared<C, Shape>& shared, Tiles<C, Shape> t
         if constexpr (C::programmatic) grid_dependency_wait();
         for (Place<C::stages> place; tiles.any(); tiles.advance()) {
             const unsigned char* from = x + size_t(tiles.token0()) * 16;
-            produce_x<C, Shape, chunks_per_stage>(shared, place, from, size_t(MT) * 128, KB, lane);
+            produce_x(shared, place, from, size_t(MT) * 128, KB, lane);
         }
     } else if (warp == 1) {
         for (Place<C::weight_slots> place; tiles.any(); tiles.advance())
             produce_weights(shared, place, weight, tiles.row_tile0(), N, KB, lane);
-    } else if (warp == 2 && lane == 0) {
+    } else if (Shape::token_words > 0 && warp == 2 && lane == 0) {
         if constexpr (C::programmatic) grid_dependency_wait();
         for (Place<2> place; tiles.any(); tiles.advance(), place.advance())
             produce_token_data(shared, place, x_scale, x_zero, x_sum, tiles.token0());
@@ -212,9 +231,8 @@ template <class T> __device__ inline unsigned pair(float low, float high) {
     return unsigned(from_float<T>(low).bits) | unsigned(from_float<T>(high).bits) << 16;
 }
 
-// The results of 64 rows of one warpgroup lie in shared memory as [token][64 rows]. A warp has 16 of the rows; its lane holds,
-// for n = lane / 4 and m = 2 (lane % 4), y[m][n], y[m+1][n], y[m][n+8], y[m+1][n+8]. `at` is where token 0 of these eight
-// meets the first of the 16 rows.
+// The results of a warp's 16 rows lie in shared memory as [token][16 rows]. A lane holds, for n = lane / 4 and m = 2 (lane % 4),
+// y[m][n], y[m+1][n], y[m][n+8], y[m+1][n+8]. `at` is where token 0 of these eight begins.
 template <class T> __device__ inline void store_out(unsigned at, int lane, const float (&y)[4]) {
     if constexpr (sizeof(T) == 2) {
         const unsigned row = at + lane % 8 * out_pitch<T> + (lane & 8 ? 16 : 0);
@@ -230,66 +248,63 @@ template <class T> __device__ inline void store_out(unsigned at, int lane, const
     }
 }
 
-// From there to y [M, N], one row of 64 after the other, by the 128 threads of a warpgroup
-template <int tokens, class T>
-__device__ inline void copy_out(unsigned from, int thread, T* y, int token0, int n0, int M, int N) {
-    constexpr int width = 16 / sizeof(T), parts = 64 / width;
-    const int n = n0 + thread % parts * width;
-    const bool whole = N % width == 0 && n + width <= N;
-    for (int token = thread / parts; token < tokens && token0 + token < M; token += 128 / parts) {
-        const uint4 value = load_shared_4(from + token * out_pitch<T> + thread % parts * 16);
-        T* to = y + size_t(token0 + token) * N + n;
-        if (whole) {
-            *reinterpret_cast<uint4*>(to) = value;
-        } else {
-            const unsigned words[4] = {value.x, value.y, value.z, value.w};
+// 16 bytes to y[m, n ...], as far as they are inside. The lanes of a token write whole sectors of 32 bytes.
+template <class T> __device__ inline void store_16_bytes(uint4 value, T* y, int m, int n, int M, int N) {
+    constexpr int width = 16 / sizeof(T);
+    if (m >= M) return;
+    T* to = y + size_t(m) * N + n;
+    if (N % width == 0 && n + width <= N) {
+        *reinterpret_cast<uint4*>(to) = value;
+    } else {
+        const unsigned words[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
-            for (int i = 0; i < width; ++i) {
-                if (n + i >= N) continue;
-                if constexpr (sizeof(T) == 2) {
-                    to[i].bits = (unsigned short)(words[i / 2] >> i % 2 * 16);
-                } else {
-                    to[i] = __uint_as_float(words[i]);
-                }
+        for (int i = 0; i < width; ++i) {
+            if (n + i >= N) continue;
+            if constexpr (sizeof(T) == 2) {
+                to[i].bits = (unsigned short)(words[i / 2] >> i % 2 * 16);
+            } else {
+                to[i] = __uint_as_float(words[i]);
             }
         }
     }
 }
 
-// Writes 64 rows, from n0 on, of a warpgroup's results: value(j, y) gives those that this lane has of tokens 8j .. 8j+7.
-// They go by the warpgroup's `out` in shared memory, a few tokens at a time.
+// Writes 16 rows, from n0 on, of a warp's results: value(j, y) gives those that this lane has of tokens 8j .. 8j+7. They go by
+// the warp's `out` in shared memory, a few tokens at a time; no other warp is waited for.
 template <int tokens, class T, class Value>
 __device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0, int M, int N, Value value) {
-    const int thread = threadIdx.x % 128, barrier = 2 + threadIdx.x / 128;
-    named_barrier(barrier, 128);  // what was written before has left
+    constexpr int parts = 16 * sizeof(T) / 16;  // lanes of a token
+    static_assert(32 / parts == out_tokens<T>);
+    const int lane = threadIdx.x % 32, m = token0 + lane / parts, n = n0 + lane % parts * (16 / sizeof(T));
+    uint4 leaving;
+    __syncwarp();  // what was written before has left
 #pragma unroll
     for (int first = 0; first < tokens; first += out_tokens<T>) {
         const unsigned buffer = out + first / out_tokens<T> % 2 * (out_bytes / 2);
 #pragma unroll
-        for (int m = 0; m < out_tokens<T>; m += 8) {
+        for (int i = 0; i < out_tokens<T>; i += 8) {
             float results[4];
-            value((first + m) / 8, results);
-            store_out<T>(buffer + thread / 32 * 16 * sizeof(T) + m * out_pitch<T>, thread % 32, results);
+            value((first + i) / 8, results);
+            store_out<T>(buffer + i * out_pitch<T>, lane, results);
         }
-        named_barrier(barrier, 128);
-        copy_out<out_tokens<T>>(buffer, thread, y, token0 + first, n0, M, N);
+        if (first > 0) store_16_bytes(leaving, y, m + first - out_tokens<T>, n, M, N);
+        __syncwarp();
+        leaving = load_shared_4(buffer + lane / parts * out_pitch<T> + lane % parts * 16);
     }
+    store_16_bytes(leaving, y, m + tokens - out_tokens<T>, n, M, N);
 }
 
 // Per channel: what is known of one row n, and the result for one token
 struct Row {
     float scale, bias;
     int zero, centered_sum;
-    bool has_bias;
     __device__ Row(int n, const float* w_scale, const int* w_zero, const int* w_centered_sum, const float* b, int N) {
         const int last = min(n, N - 1);
         scale = __ldg(w_scale + last), zero = __ldg(w_zero + last), centered_sum = __ldg(w_centered_sum + last);
-        has_bias = b != nullptr;
-        bias = has_bias ? __ldg(b + last) : 0;
+        bias = b ? __ldg(b + last) : -0.0f;  // y + -0 = y
     }
     __device__ float result(int product, float x_scale, int x_zero, int x_sum) const {
-        const float y = output_per_channel(product, zero, centered_sum, scale, x_zero, x_sum, x_scale);
-        return has_bias ? __fadd_rn(y, bias) : y;
+        return __fadd_rn(output_per_channel(product, zero, centered_sum, scale, x_zero, x_sum, x_scale), bias);
     }
 };
 
