@@ -198,3 +198,13 @@ def test_tokens_that_do_not_fit_are_refused():
         engine.truncate(6)
     with pytest.raises(AbqError, match="the CPU engine cannot run this model: its linears are not packed"):
         CpuEngine(tiny_model(), 8)
+
+
+def test_a_model_that_is_used_up_gives_the_same_logits(level):
+    """Also with an embedding that fp16 holds exactly, and the head is."""
+    model = packed("llama-gqa-tied", "W4A8g32").half().float()
+    tokens = text(20)
+    expected = CpuEngine(model, 20)(tokens, every=True)
+    got = CpuEngine(model, 20, use_up=True)(tokens, every=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert model.model.layers[0].mlp.down_proj.weight_packed.numel() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from abq_llm.cli.bench_decode import bench
@@ -34,4 +36,6 @@ app.command("demo")(demo)
 
 def main() -> None:
     """Entry point of the console script."""
+    # Torch's threads would look out for work for milliseconds, on the cores that the CPU backend's threads need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,9 +51,11 @@ def demo(
     if out.exists() and not (out / RESULTS).is_file():
         raise AbqError(f"{out}: already exists and was not written by abq demo; pass another --out")
     gguf = small_model()
+    started = time.monotonic()
 
     from abq_llm import checkpoint
     from abq_llm.data import calibration_tokens, evaluation_tokens
+    from abq_llm.devices import device_name, pick_device
     from abq_llm.evaluation import evaluate
     from abq_llm.models import load_model
 
@@ -76,7 +79,13 @@ def demo(
             packed, _ = checkpoint.load(directory, dtype=reference.dtype)
             size, result = checkpoint.packed_size(directory), evaluate(packed, held_out.tokens, reference)
             rows.append(_row(scheme, size.size_bytes, size.bits_per_weight, result))
-        values = {"model": gguf.stem, "text": held_out.name, "rows": rows}
+        values = {
+            "model": gguf.stem,
+            "text": held_out.name,
+            "device": device_name(pick_device("cpu")),
+            "seconds": time.monotonic() - started,
+            "rows": rows,
+        }
         write_json(fresh / RESULTS, values)
         shutil.rmtree(out, ignore_errors=True)
         fresh.rename(out)

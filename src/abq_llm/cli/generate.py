@@ -68,7 +68,7 @@ def stream(
     chat: bool,
     engine: str = "auto",
 ) -> Streamed:
-    """Print the greedy continuation of `prompt` as it comes.
+    """Print the greedy continuation of `prompt` as it comes. The CPU engine uses `model` up.
 
     Raises:
         AbqError: the prompt is empty, there is no chat template for `chat`, or engine "cpu" cannot run the model.
@@ -96,7 +96,7 @@ def stream(
     config = model.generation_config
     plain = config.repetition_penalty in (None, 1.0) and not config.no_repeat_ngram_size
     if engine == "cpu" or (engine == "auto" and plain and unsupported(model, length + max_new_tokens) is None):
-        fast, prompt_tokens = CpuEngine(model, length + max_new_tokens), inputs["input_ids"][0]
+        fast, prompt_tokens = CpuEngine(model, length + max_new_tokens, use_up=True), inputs["input_ids"][0]
         started = time.monotonic()
         streamer.put(prompt_tokens)
         found = fast.generate(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels import choose_backend
+from abq_llm.kernels import choose_backend, cpu
 from abq_llm.kernels.cpu import native
 from abq_llm.linear import QuantLinear
 from abq_llm.scheme import IntFormat, Scheme
@@ -66,19 +66,22 @@ class CpuEngine:
     """A model with its keys and values. Call it with the next tokens; it remembers those before.
 
     Args:
-        model: packed, on a CPU; its tensors are used where they lie, so leave it alone.
+        model: packed, on a CPU. The engine lays its weights out anew; norms and biases are used where they lie.
         capacity: how many tokens fit; at most what the model's positions and its sliding window allow.
+        use_up: take each packed weight out of the model once it is laid out, so that memory holds it once. The model is
+            of no other use then.
 
     Raises:
         AbqError: see `unsupported`.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+    def __init__(self, model: PreTrainedModel, capacity: int, *, use_up: bool = False) -> None:
         if reason := unsupported(model, capacity):
             raise AbqError(f"the CPU engine cannot run this model: {reason}")
         config: Any = model.config
         self.capacity, self.vocabulary = capacity, config.vocab_size
-        self._embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[union-attr,assignment]
+        self._use_up = use_up
+        self._embedding = _halved(model.get_input_embeddings().weight)  # type: ignore[union-attr,arg-type]
         self._kept: list[Tensor] = []  # what the decoder points to
         blocks: Any = model.model.layers
         first = blocks[0].self_attn
@@ -161,7 +164,9 @@ class CpuEngine:
         return self._kept[-1].data_ptr()
 
     def _prepared(self, linear: QuantLinear) -> int:
-        _, (prepared, _) = linear._prepare()
+        prepared, _ = cpu.prepare(linear.packed_weight(), linear.scheme, linear.in_features)
+        if self._use_up:
+            linear.weight_packed = linear.weight_packed.new_empty(0)
         return self._address(prepared, torch.uint8)
 
     def _block(self, block: Any) -> list[int]:
@@ -184,4 +189,11 @@ class CpuEngine:
         head = model.lm_head
         if isinstance(head, QuantLinear):
             return 0, self._prepared(head), head.scheme.activation.bits if head.scheme.activation else 16
-        return self._address(head.weight, torch.float16), 0, 16
+        tied = head.weight is model.get_input_embeddings().weight and self._embedding.dtype == torch.float16
+        return self._address(self._embedding if tied else head.weight, torch.float16), 0, 16
+
+
+def _halved(weight: Tensor) -> Tensor:
+    """In fp16 where that loses nothing, as with a checkpoint in fp16 that was loaded in fp32."""
+    half = weight.detach().half()
+    return half if torch.equal(half.to(weight.dtype), weight) else weight.detach()

@@ -25,7 +25,7 @@ struct Case {
 Case draw() {
     const int widths[] = {1, 2, 3, 4, 5, 6, 7, 8, 16};
     Case c{uniform(1, 9), widths[uniform(0, 8)], uniform(0, 1) == 1, false, uniform(0, 1) == 1, uniform(0, 1) == 1,
-           uniform(1, 50), uniform(1, 400), 0, uniform(1, 40)};
+           uniform(1, 50), uniform(1, 400), 0, uniform(1, 100)};
     c.group = uniform(0, 1) == 1 ? c.columns : uniform(1, int(c.columns));
     c.narrow = uniform(0, 1) == 1 && c.group < 128;
     return c;

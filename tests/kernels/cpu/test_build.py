@@ -8,7 +8,7 @@ import pytest
 
 from tests import native
 
-LEVEL_OBJECTS = ("avx512.cpp.o", "avx2.cpp.o", "neon.cpp.o")
+LEVEL_OBJECTS = ("amx.cpp.o", "avx512.cpp.o", "avx2.cpp.o", "neon.cpp.o")
 
 
 @pytest.mark.skipif(

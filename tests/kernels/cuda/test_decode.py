@@ -209,7 +209,7 @@ def check_plan(found, shape, gpu):
     elif found.path == "mma":
         assert isinstance(tile, gemm_mma.Tile) and planes <= 8 and shape.bits <= 8
         assert gemm_mma.shared_bytes(tile, planes, shape.group_words, grouped) <= gpu.shared_limit
-        assert tile.threads <= 1024 and tile.split_k * tile.warps_k <= shape.k_blocks
+        assert tile.threads <= 1024 and tile.warps_k <= shape.k_blocks
     elif found.path == "wgmma_f16":
         assert isinstance(tile, gemm_wgmma.Tile) and gpu.has_wgmma and planes < 8 and shape.bits == 16
         assert gemm_wgmma_f16.shared_bytes(tile, planes) <= gpu.shared_limit

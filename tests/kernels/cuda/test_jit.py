@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,7 +51,6 @@ def entries(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def compilations(monkeypatch):
     """The architectures NVRTC was asked for."""
-    jit.compiler_version()  # it compiles an empty file, once per process
     calls = []
 
     def counted(source, expression, arch, nvrtc=jit._nvrtc):
@@ -232,11 +232,20 @@ def test_missing_compiler_says_what_to_install(module, monkeypatch):
         jit.compile_cubin(*TINY)
 
 
-def test_compiler_version_has_the_patch_level():
-    from cuda.bindings import nvrtc
+def test_compiler_version_changes_with_the_library(tmp_path, monkeypatch):
+    from cuda import pathfinder
 
-    _, major, minor = nvrtc.nvrtcVersion()
-    assert f", NVRTC V{major}.{minor}." in jit.compiler_version()
+    library = tmp_path / "libnvrtc.so.13"
+    found = SimpleNamespace(abs_path=str(library))
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", {"nvrtc": found}.__getitem__)
+    versions = set()
+    for content, seconds in (("a", 1), ("ab", 1), ("ab", 2)):
+        library.write_text(content)
+        os.utime(library, (seconds, seconds))
+        jit.compiler_version.cache_clear()
+        versions.add(jit.compiler_version())
+    jit.compiler_version.cache_clear()
+    assert len(versions) == 3
 
 
 @pytest.mark.parametrize(

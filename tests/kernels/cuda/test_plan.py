@@ -6,7 +6,7 @@ import pytest
 
 from abq_llm.kernels.cuda import gemm_mma
 from abq_llm.kernels.cuda.gemm_mma import Tile
-from abq_llm.kernels.cuda.problem import BLOCK, Problem
+from abq_llm.kernels.cuda.problem import BLOCK, Problem, groups_in_block
 from abq_llm.scheme import Scheme
 
 TOKENS = (1, 8, 9, 33, 100, 4096)
@@ -44,7 +44,7 @@ def test_every_product_has_tiles_and_they_fit(planes, limit):
                 assert 32 * tile.warps_rows <= 16 * tile.tokens
                 assert tile.threads % (tile.rows // 8) == 0
                 # no slice of the columns is empty, no token tile would be without tokens
-                assert tile.warps_k * tile.split_k <= -(-k // BLOCK)
+                assert tile.warps_k <= -(-k // BLOCK)
                 assert tile.tokens < 2 * max(m, 8)
 
 
@@ -89,10 +89,8 @@ def test_groups_that_meet_a_block(words, slots):
 
 
 def test_groups_that_meet_a_block_by_counting():
-    for words in range(1, 70):
-        met = max(len({(8 * kb + i) // words for i in range(8)}) for kb in range(words))
-        tile = Tile(8, 2, 1, 1, 2)
-        assert gemm_mma.shared_bytes(tile, 2, words) - gemm_mma.shared_bytes(tile, 2) == 2 * (met * 8 * 32 + 4 * 8)
+    for words in (*range(1, 70), 513, 1000):
+        assert groups_in_block(words) == max(len({(8 * kb + i) // words for i in range(8)}) for kb in range(words))
 
 
 def test_shared_memory_grows_with_the_queue():

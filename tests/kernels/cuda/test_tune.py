@@ -373,11 +373,9 @@ def test_what_is_precompiled_is_what_a_run_loads(monkeypatch, scheme, m, paths):
     monkeypatch.setattr(jit, "load", load)
     monkeypatch.setattr(launch, "launch", lambda *args, **options: None)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
     limits = {"multi_processor_count": H100.sms, "shared_memory_per_block_optin": H100.shared_limit}
     facts = SimpleNamespace(major=9, minor=0, **limits)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    monkeypatch.setattr(gemm_mma, "_arrivals", lambda index, stream: torch.zeros(1 << 16))
     caches = gemm_mma._kernel, gpu
     parsed = Scheme.parse(scheme)
     layout = buffer_layout(wanted.k, wanted.n, parsed, torch.float16).values()

@@ -11,7 +11,7 @@ from torch import Tensor
 from abq_llm.kernels.cuda import activations, jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES, Quantized, columns_per_token
 from abq_llm.kernels.cuda.gpus import gpu
-from abq_llm.kernels.cuda.problem import BLOCK, Problem
+from abq_llm.kernels.cuda.problem import BLOCK, Problem, groups_in_block
 
 WHOLE_ROW = 2**20  # group_words where there are no groups
 FUSED_TOKENS = 4  # up to which every block may quantize x anew
@@ -62,9 +62,7 @@ class Tile:
 def block_bytes(problem: Problem) -> int:
     """Shared memory of a k-block of a row tile, with its scales and zero points."""
     if problem.group_size:
-        words = problem.group_words
-        met = max((8 * kb + 7) // words - 8 * kb // words + 1 for kb in range(min(words, 64)))
-        return 512 * problem.planes + 80 * met
+        return 512 * problem.planes + 80 * groups_in_block(problem.group_words)
     return 512 * problem.planes + (64 if problem.bits == 16 else 0)
 
 

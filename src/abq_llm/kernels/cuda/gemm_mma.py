@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from abq_llm.errors import AbqError
 from abq_llm.kernels.cuda import jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES
 from abq_llm.kernels.cuda.gpus import gpu
+from abq_llm.kernels.cuda.problem import groups_in_block
 
 IN_ORDER_TOKENS = 64  # above it, tiles for groups are in order
 SMALLEST_SHARED_LIMIT = 99 * 1024  # bytes of a block on sm_86, 89, 120; 163 KiB on sm_80, 227 KiB on sm_90 and 100
@@ -26,14 +26,13 @@ SMALLEST_SHARED_LIMIT = 99 * 1024  # bytes of a block on sm_86, 89, 120; 163 KiB
 
 @dataclass(frozen=True)
 class Tile:
-    """A thread block computes `tokens` x `rows` outputs, over 1 / split_k of the columns."""
+    """A thread block computes `tokens` x `rows` outputs."""
 
     tokens: int  # 8, 16, 32, 64 or 128
     warps_rows: int  # warps side by side, which share the tokens in shared memory
     row_tiles: int  # 16-row tiles per warp
     warps_k: int  # slices of the columns within the block
     stages: int  # blocks of 256 columns in the queue of a slice
-    split_k: int = 1  # slices over blocks, added through global memory
 
     @property
     def rows(self) -> int:
@@ -42,7 +41,7 @@ class Tile:
     @property
     def in_order(self) -> bool:
         """Whether groups are added in the reference's order, to the same bits."""
-        return self.warps_k == self.split_k == 1
+        return self.warps_k == 1
 
     @property
     def threads(self) -> int:
@@ -54,9 +53,7 @@ def shared_bytes(tile: Tile, planes: int, group_words: int = 0, zero_point: bool
 
     group_words: columns of a group / 32, 0 for a scale per channel.
     """
-    slots = 0
-    if group_words:  # groups that meet a block of 8 words, which begins at most so far into one
-        slots = 1 + (group_words - math.gcd(group_words, 8) + 7) // group_words
+    slots = groups_in_block(group_words) if group_words else 0
     zeros = slots if zero_point else 0
     totals, x_zeros = (slots, 1) if group_words and tile.in_order else (0, 0)
     stage = 256 * tile.tokens + 32 * planes * tile.rows
@@ -83,13 +80,13 @@ def blocks_per_sm(tile: Tile, planes: int, grouped: bool, shared: int, shared_li
 
 def clocks(tile: Tile, m: int, n: int, k_blocks: int, planes: int, sms: int, resident: int) -> float:
     """Clocks of the busiest SM, about, when it can hold `resident` blocks. Most useful to compare tiles."""
-    blocks = math.ceil(-(-m // tile.tokens) * -(-n // tile.rows) * tile.split_k / sms)
+    blocks = math.ceil(-(-m // tile.tokens) * -(-n // tile.rows) / sms)
     row_tiles, warps = tile.rows // 16, min(blocks, resident) * tile.threads // 32
     # Per 256 columns: bytes of a row tile, matrices of tokens for every warp; warps hide each other's latencies
     work = (32 * row_tiles + 1.4 * tile.tokens * tile.warps_rows) * (1 + 13 / warps)
     memory = 512 * planes * row_tiles / 16
     combine = 13 * tile.tokens * row_tiles * (tile.warps_k + 3)
-    return blocks * (k_blocks / tile.split_k * max(work, memory) + combine)
+    return blocks * (k_blocks * max(work, memory) + combine)
 
 
 def candidates(
@@ -104,7 +101,7 @@ def candidates(
 ) -> list[Tile]:
     """At most 12 tiles worth a measurement, the most promising first; of every block shape the best three.
 
-    Among equals smaller blocks come first, then deeper queues. `split_k` lost every measurement and is not among them.
+    Among equals smaller blocks come first, then deeper queues.
     """
     grouped = group_words > 0
     widest = max(8, 1 << (m - 1).bit_length())
@@ -184,12 +181,6 @@ def _kernel(
     return jit.load("gemm_mma", "gemm_mma", config, torch.device("cuda", index)), int(config["shared_bytes"])
 
 
-@functools.cache
-def _arrivals(index: int, stream: int) -> Tensor:
-    """Counters of blocks that have arrived, one set per stream; the kernel leaves them as zeros."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=f"cuda:{index}")
-
-
 def run(
     weight: Tensor,
     x: Tensor,
@@ -223,14 +214,7 @@ def run(
     if tile is None:
         place = gpu(index)
         tile = choose(m, n, k_blocks, planes, place.sms, group_words, zero_point, place.shared_limit)
-    grid = -(-m // tile.tokens), -(-n // tile.rows), tile.split_k
-    partials = arrivals = None
-    if tile.split_k > 1:
-        blocks = grid[0] * grid[1]
-        partials = out.new_empty(tile.split_k * blocks * tile.tokens * tile.rows, dtype=torch.int32)
-        arrivals = _arrivals(index, torch.cuda.current_stream(index).cuda_stream)
-        if blocks > arrivals.numel():
-            raise AbqError(f"split_k = {tile.split_k} with {blocks} blocks of threads; at most {arrivals.numel()}")
+    grid = -(-m // tile.tokens), -(-n // tile.rows), 1
     kernel, shared = _kernel(tile, planes, out.dtype, group_words, zero_point, programmatic, index)
     launch.launch(
         kernel,
@@ -239,7 +223,6 @@ def run(
         args=[
             *(weight, x, w_scale, w_zero, w_sum, x_scale, x_zero, x_sum, bias, out),
             *(m, n, k_blocks, token_tiles, w_scale.shape[0] if group_words else 1),
-            *(partials, arrivals),
         ],
         shared_bytes=shared,
         programmatic=programmatic,

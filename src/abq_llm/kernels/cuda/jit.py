@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -145,7 +146,7 @@ def _describe(name: str, constants: Constants) -> str:
 # --- compiler ---
 
 
-def _nvrtc(source: str, expression: str | None, arch: str) -> tuple[bytes, str]:
+def _nvrtc(source: str, expression: str, arch: str) -> tuple[bytes, str]:
     """(cubin, mangled name of `expression`)."""
     try:
         from cuda.bindings import nvrtc
@@ -153,27 +154,35 @@ def _nvrtc(source: str, expression: str | None, arch: str) -> tuple[bytes, str]:
 
         nvrtc.nvrtcVersion()  # finds the library, or raises
     except (ImportError, RuntimeError) as error:
-        raise AbqError(f"the CUDA backend needs a compiler: pip install 'abq-llm[cuda]' ({error})") from error
-    expressions = (expression,) if expression else ()
+        raise _no_compiler(error) from error
     try:
         program = Program(source, "c++", ProgramOptions(std=STANDARD, arch=arch))
-        compiled = program.compile("cubin", name_expressions=expressions)
+        compiled = program.compile("cubin", name_expressions=(expression,))
     except Exception as error:  # cuda.core's exceptions have no public base class
         lines = [line.strip() for line in str(error).splitlines()]
         first = [line for line in lines if re.search(r"\berror\s*:", line)] or lines
         raise AbqError("; ".join(first[:3])) from error
-    return compiled.code, compiled.symbol_mapping[expression].decode() if expression else ""
+    return compiled.code, compiled.symbol_mapping[expression].decode()
 
 
 @functools.cache
 def compiler_version() -> str:
-    """ "cuda-core 1.2.2, NVRTC V13.5.37", the latter as it signs its cubins: `nvrtcVersion` knows no patch level."""
-    cubin, _ = _nvrtc("", None, "sm_80")
-    import cuda.core
+    """What tells one compiler from another, in milliseconds: neither is imported before there is something to compile.
 
-    signature = re.search(rb"release [\d.]+, (V[\d.]+)", cubin)
-    build = signature[1].decode() if signature else hashlib.sha256(cubin).hexdigest()
-    return f"cuda-core {cuda.core.__version__}, NVRTC {build}"
+    NVRTC is known by its file, whose version has no patch level.
+    """
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        library = os.stat(load_nvidia_dynamic_lib("nvrtc").abs_path)
+        core = version("cuda-core")
+    except (ImportError, RuntimeError) as error:
+        raise _no_compiler(error) from error
+    return f"cuda-core {core}, NVRTC of {library.st_size} bytes, {library.st_mtime_ns}"
+
+
+def _no_compiler(error: Exception) -> AbqError:
+    return AbqError(f"the CUDA backend needs a compiler: pip install 'abq-llm[cuda]' ({error})")
 
 
 # --- cache ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from abq_llm.errors import AbqError
@@ -9,6 +10,11 @@ from abq_llm.scheme import Scheme
 
 BLOCK = 256  # columns of a k-block: what one binary product multiplies
 WORD = 32  # columns of a step of the int8 products; groups are padded to a multiple
+
+
+def groups_in_block(words: int) -> int:
+    """Groups of `words` x 32 columns that meet a k-block, at most: as in the kernels' `common.cuh`."""
+    return 1 + (words - math.gcd(words, BLOCK // WORD) + BLOCK // WORD - 1) // words
 
 
 @dataclass(frozen=True)

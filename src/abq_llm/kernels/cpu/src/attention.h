@@ -55,8 +55,11 @@ void dense(const uint16_t* rows, int64_t count, int64_t columns, const float* x,
         Floats sums[4] = {};
         int64_t k = 0;
         for (; k + 4 * LANES <= columns; k += 4 * LANES)
-            for (int i = 0; i < 4; ++i) sums[i] += V::halves(rows + k + LANES * i) * load<Floats>(x + k + LANES * i);
-        for (; k < columns; k += LANES) sums[0] += V::halves(rows + k) * load<Floats>(x + k);
+            for (int i = 0; i < 4; ++i) {
+                const int64_t at = k + LANES * i;
+                sums[i] = V::multiply_add(V::halves(rows + at), load<Floats>(x + at), sums[i]);
+            }
+        for (; k < columns; k += LANES) sums[0] = V::multiply_add(V::halves(rows + k), load<Floats>(x + k), sums[0]);
         y[n] = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
 }
@@ -108,45 +111,73 @@ inline Floats elements(const uint8_t* table, int64_t index) {
     return to_floats(HIGH ? bytes >> 4 : bytes & 15);
 }
 
-// scores[q][position] = scaling * query . key
-template <class V, int BITS, int Q>
-void score(const Head& head, int64_t length, const float* queries, float scaling, float* scores, int64_t stride) {
+// Vectors of positions or dimensions that are summed side by side, so that no addition waits for the last.
+constexpr int SIDE_BY_SIDE = VECTOR_BYTES == 32 ? 2 : 4;  // AVX2 has few registers
+
+// scores[q][position] = scaling * query . key, for B vectors of positions; sums: of each query
+template <class V, int BITS, int Q, int B>
+void score_some(const Head& head, int64_t position, const float* queries, const float* sums, float scaling,
+                float* scores, int64_t stride) {
     const int64_t d = head.dimension, stored = BITS == 4 ? d / 2 : d;
-    float sums[Q] = {};  // of the queries: zero points are taken off at the end
-    for (int q = 0; q < Q; ++q)
-        for (int64_t i = 0; i < d; ++i) sums[q] += queries[q * d + i];
-    for (int64_t position = 0; position < length; position += LANES) {
-        const int64_t first = position / TILE * stored * TILE + position % TILE;
-        Floats s[Q] = {};
-        for (int64_t i = 0; i < stored; ++i) {
-            const Floats low = elements<V, BITS>(head.keys, first + i * TILE);
-            UNROLL for (int q = 0; q < Q; ++q) s[q] += queries[q * d + i] * low;
+    int64_t first[B];
+    for (int b = 0; b < B; ++b) {
+        const int64_t at = position + LANES * b;
+        first[b] = at / TILE * stored * TILE + at % TILE;
+    }
+    Floats s[Q][B] = {};
+    for (int64_t i = 0; i < stored; ++i)
+        UNROLL for (int b = 0; b < B; ++b) {
+            const Floats low = elements<V, BITS>(head.keys, first[b] + i * TILE);
+            UNROLL for (int q = 0; q < Q; ++q) s[q][b] = V::multiply_add(Floats{} + queries[q * d + i], low, s[q][b]);
             if constexpr (BITS == 4) {
-                const Floats high = elements<V, BITS, true>(head.keys, first + i * TILE);
-                UNROLL for (int q = 0; q < Q; ++q) s[q] += queries[q * d + stored + i] * high;
+                const Floats high = elements<V, BITS, true>(head.keys, first[b] + i * TILE);
+                UNROLL for (int q = 0; q < Q; ++q)
+                    s[q][b] = V::multiply_add(Floats{} + queries[q * d + stored + i], high, s[q][b]);
             }
         }
-        for (int q = 0; q < Q; ++q) {
-            if constexpr (BITS != 16)
-                s[q] = (s[q] - sums[q] * to_floats(load<Octets>(head.key_zero + position))) *
-                       load<Floats>(head.key_scale + position);
-            s[q] *= scaling;
-            std::memcpy(scores + q * stride + position, &s[q], sizeof s[q]);
+    UNROLL for (int b = 0; b < B; ++b) {
+        const int64_t at = position + LANES * b;
+        UNROLL for (int q = 0; q < Q; ++q) {
+            Floats score = s[q][b];
+            if constexpr (BITS != 16)  // zero points are taken off at the end
+                score = (score - sums[q] * to_floats(load<Octets>(head.key_zero + at))) *
+                        load<Floats>(head.key_scale + at);
+            score *= scaling;
+            std::memcpy(scores + q * stride + at, &score, sizeof score);
         }
     }
 }
 
-// scores -> e^(score - largest), and 0 past the end up to a whole vector; returns their sum.
+template <class V, int BITS, int Q>
+void score(const Head& head, int64_t length, const float* queries, float scaling, float* scores, int64_t stride) {
+    float sums[Q] = {};
+    if constexpr (BITS != 16)
+        for (int q = 0; q < Q; ++q)
+            for (int64_t i = 0; i < head.dimension; ++i) sums[q] += queries[q * head.dimension + i];
+    constexpr int B = SIDE_BY_SIDE;
+    int64_t position = 0;
+    for (; position + B * LANES <= stride; position += B * LANES)
+        score_some<V, BITS, Q, B>(head, position, queries, sums, scaling, scores, stride);
+    for (; position < length; position += LANES)
+        score_some<V, BITS, Q, 1>(head, position, queries, sums, scaling, scores, stride);
+}
+
+// scores -> e^(score - largest), next to 0 past the end up to a whole vector; returns their sum.
 float soften(float* scores, int64_t length) {
-    float largest = scores[0], sum = 0;
-    for (int64_t i = 1; i < length; ++i) largest = larger(largest, scores[i]);
-    for (int64_t i = length; i % LANES != 0; ++i) scores[i] = largest - 1000;
+    for (int64_t i = length; i % LANES != 0; ++i) scores[i] = -std::numeric_limits<float>::max();
+    Floats most = load<Floats>(scores), sums{};
+    for (int64_t i = LANES; i < length; i += LANES) {
+        const Floats now = load<Floats>(scores + i);
+        most = now > most ? now : most;
+    }
+    float largest = most[0];
+    for (int i = 1; i < LANES; ++i) largest = larger(largest, most[i]);
     for (int64_t i = 0; i < length; i += LANES) {
         const Floats e = exponential(load<Floats>(scores + i) - largest);
         std::memcpy(scores + i, &e, sizeof e);
+        sums += e;
     }
-    for (int64_t i = 0; i < length; ++i) sum += scores[i];
-    return sum;
+    return sum_of(sums);
 }
 
 // out[q] = sum over positions of weights[q][position] * value, for D vectors of dimensions from `from` on.
@@ -167,10 +198,11 @@ void mix(const Head& head, int64_t length, const float* weights, int64_t stride,
         UNROLL for (int v = 0; v < D; ++v) {
             const int64_t at = position * stored + from + LANES * v;
             const Floats value = elements<V, BITS>(head.values, at);
-            UNROLL for (int q = 0; q < Q; ++q) low[q][v] += factor[q] * value;
+            UNROLL for (int q = 0; q < Q; ++q) low[q][v] = V::multiply_add(Floats{} + factor[q], value, low[q][v]);
             if constexpr (BITS == 4) {
                 const Floats other = elements<V, BITS, true>(head.values, at);
-                UNROLL for (int q = 0; q < Q; ++q) high[q][v] += factor[q] * other;
+                UNROLL for (int q = 0; q < Q; ++q)
+                    high[q][v] = V::multiply_add(Floats{} + factor[q], other, high[q][v]);
             }
         }
     }
@@ -190,7 +222,8 @@ void attend_heads(const Head& head, int64_t length, const float* queries, float 
     float sums[Q];
     for (int q = 0; q < Q; ++q) sums[q] = soften(scores + q * stride, length);
     int64_t from = 0;
-    for (; from + 2 * LANES <= stored; from += 2 * LANES) mix<V, BITS, Q, 2>(head, length, scores, stride, from, out);
+    constexpr int D = BITS == 4 ? SIDE_BY_SIDE / 2 : SIDE_BY_SIDE;
+    for (; from + D * LANES <= stored; from += D * LANES) mix<V, BITS, Q, D>(head, length, scores, stride, from, out);
     for (; from < stored; from += LANES) mix<V, BITS, Q, 1>(head, length, scores, stride, from, out);
     for (int q = 0; q < Q; ++q)
         for (int64_t i = 0; i < d; ++i) out[q * d + i] /= sums[q];

@@ -31,13 +31,18 @@ struct Avx2 {
         sums += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(times));
     }
 
+    static Floats multiply_add(Floats a, Floats b, Floats c) {
+        return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    }
     static Floats halves(const uint16_t* from) { return (Floats)_mm256_cvtph_ps(load<__m128i>(from)); }
     static void to_halves(Floats floats, uint16_t* to) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)floats, 0));
     }
 };
 
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+bool supported() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 
 }  // namespace
 

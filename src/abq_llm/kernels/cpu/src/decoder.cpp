@@ -84,22 +84,29 @@ void Decoder::block(const Block& block, int64_t index, int64_t count, int thread
 void Decoder::attend(const Block& block, int64_t index, int64_t count, int threads) {
     const int64_t d = shape_.dimension, group = shape_.heads / shape_.key_heads;
     const float scaling = 1 / std::sqrt(float(d));
-    parallel(shape_.key_heads, threads, [&](int64_t h) {
-        for (int64_t m = 0; m < count; ++m) {
-            float* key = key_.data() + (m * shape_.key_heads + h) * d;
-            rotate(key, length_ + m, block.key_norm);
-            level_.append(heads_[index * shape_.key_heads + h], length_ + m, key,
-                          value_.data() + (m * shape_.key_heads + h) * d);
-        }
-    });
-    parallel(count * shape_.key_heads, threads, [&](int64_t task) {
+    auto append = [&](int64_t m, int64_t h) {
+        float* key = key_.data() + (m * shape_.key_heads + h) * d;
+        rotate(key, length_ + m, block.key_norm);
+        level_.append(heads_[index * shape_.key_heads + h], length_ + m, key,
+                      value_.data() + (m * shape_.key_heads + h) * d);
+    };
+    auto read = [&](int64_t m, int64_t h) {
         static thread_local Buffer memory;
-        const int64_t m = task / shape_.key_heads, h = task % shape_.key_heads, position = length_ + m;
+        const int64_t length = length_ + m + 1;
         float* queries = query_.data() + (m * shape_.heads + h * group) * d;
-        for (int64_t i = 0; i < group; ++i) rotate(queries + i * d, position, block.query_norm);
-        auto* scores = reinterpret_cast<float*>(memory.reserve((position + 1 + TILE) * MOST_HEADS_AT_ONCE * sizeof(float)));
-        level_.attend(heads_[index * shape_.key_heads + h], position + 1, queries, int(group), scaling, scores,
+        for (int64_t i = 0; i < group; ++i) rotate(queries + i * d, length_ + m, block.query_norm);
+        auto* scores = reinterpret_cast<float*>(memory.reserve((length + TILE) * MOST_HEADS_AT_ONCE * sizeof(float)));
+        level_.attend(heads_[index * shape_.key_heads + h], length, queries, int(group), scaling, scores,
                       mixed_.data() + (m * shape_.heads + h * group) * d);
+    };
+    if (count > 1)
+        parallel(shape_.key_heads, threads, [&](int64_t h) {
+            for (int64_t m = 0; m < count; ++m) append(m, h);
+        });
+    parallel(count * shape_.key_heads, threads, [&](int64_t task) {
+        const int64_t m = task / shape_.key_heads, h = task % shape_.key_heads;
+        if (count == 1) append(m, h);
+        read(m, h);
     });
 }
 

@@ -24,9 +24,9 @@ struct Level {
                    float* out);
 };
 
-constexpr int MOST_WIDTH = 16;
+constexpr int MOST_WIDTH = 64;
 
-extern const Level avx512, avx2, neon, scalar;
+extern const Level amx, avx512, avx2, neon, scalar;
 
 // Those of this build, the fastest first; the last is `scalar`.
 extern const Level* const levels[];

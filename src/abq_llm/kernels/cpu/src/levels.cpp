@@ -5,6 +5,9 @@
 namespace abq {
 
 const Level* const levels[] = {
+#if defined(ABQ_AMX)
+    &amx,
+#endif
 #if defined(ABQ_X86)
     &avx512, &avx2,
 #elif defined(ABQ_ARM)

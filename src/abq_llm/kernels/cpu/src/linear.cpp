@@ -11,7 +11,7 @@ constexpr int64_t CACHED_TOKENS = 384 * 1024;  // bytes of codes that stay in a 
 constexpr int TASKS_PER_THREAD = 8;            // so that a slow thread holds up the others for an eighth at most
 
 void multiply_tile(const Linear& layer, const Tokens& tokens, Product product, int64_t tile, int64_t strip) {
-    float out[MOST_WIDTH * TILE];
+    alignas(64) float out[MOST_WIDTH * TILE];
     product(*layer.weight, tokens, tile, strip, out);
     const int64_t all = layer.weight->rows, n = tile * TILE, rows = std::min<int64_t>(TILE, all - n);
     const int64_t first = strip * tokens.width, last = std::min(tokens.count, first + tokens.width);
@@ -32,7 +32,11 @@ const Level& able(const Level& level, const Weight& weight, Format format) {
 Tokens quantize(const Level& level, const float* x, int64_t count, const Columns& columns, Format format,
                 Buffer& memory, int threads) {
     const Tokens tokens(format, columns, count, level.width(count, format.bits == 16 ? 3 : 1), memory);
-    parallel(count, threads, [&](int64_t m) { level.quantize(x + m * columns.count, tokens, m); });
+    constexpr int64_t AT_ONCE = MOST_TOKENS_BY_STEPS;  // tokens of one strip share cache lines
+    parallel((count + AT_ONCE - 1) / AT_ONCE, threads, [&](int64_t task) {
+        const int64_t first = task * AT_ONCE, last = std::min(count, first + AT_ONCE);
+        for (int64_t m = first; m < last; ++m) level.quantize(x + m * columns.count, tokens, m);
+    });
     return tokens;
 }
 

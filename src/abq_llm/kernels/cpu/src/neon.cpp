@@ -24,6 +24,9 @@ struct Neon {
         sums = (Ints)vdotq_s32((int32x4_t)sums, (int8x16_t)codes, (int8x16_t)vdupq_n_s32(load<int32_t>(x)));
     }
 
+    static Floats multiply_add(Floats a, Floats b, Floats c) {
+        return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    }
     static Floats halves(const uint16_t* from) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
     static void to_halves(Floats floats, uint16_t* to) {
         vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)floats)));

@@ -60,10 +60,41 @@ Grid grid_of(const Range& range, int bits, bool symmetric) {
     return grid;
 }
 
-// A block's codes of one digit, in their places among those of the strip's other tokens.
-inline void scatter(const int8_t* codes, int8_t* strip, int64_t stride) {
-    for (int step = 0; step < STEPS; ++step) std::memcpy(strip + step * stride, codes + STEP * step, STEP);
-}
+// Where the blocks of one token go, among those of the strip's other tokens.
+class Places {
+   public:
+    Places(const Tokens& tokens, int64_t strip, int lane)
+        : row_(tokens.codes + strip * tokens.codes_per_strip + (tokens.by_rows ? ROW : STEP) * lane),
+          by_rows_(tokens.by_rows), digit_((by_rows_ ? ROW : STEP) * tokens.width), all_(digit_ * tokens.digits) {}
+
+    // The codes of digit d.
+    void put(const int8_t* codes, int d) const {
+        int8_t* at = row_ + d * digit_;
+        if (by_rows_)
+            std::memcpy(at + BLOCK * second_, codes, BLOCK);
+        else
+            for (int step = 0; step < STEPS; ++step) std::memcpy(at + step * all_, codes + STEP * step, STEP);
+    }
+    void next() {
+        if (!by_rows_) row_ += STEPS * all_;
+        if (by_rows_ && second_) row_ += all_;
+        second_ = !second_;
+    }
+    void end_group(int digits) {
+        if (!by_rows_) return;
+        const int8_t zeros[BLOCK] = {};
+        if (second_) {
+            for (int d = 0; d < digits; ++d) put(zeros, d);
+            next();
+        }
+    }
+
+   private:
+    int8_t* row_;
+    const bool by_rows_;
+    const int64_t digit_, all_;
+    bool second_ = false;
+};
 
 void quantize_short(const float* x, const Tokens& tokens, int64_t strip, int lane) {
     const Format format = tokens.format;
@@ -73,12 +104,11 @@ void quantize_short(const float* x, const Tokens& tokens, int64_t strip, int lan
     tokens.scale[strip * tokens.width + lane] = grid.scale;
     tokens.zero[strip * tokens.width + lane] = int32_t(grid.zero - offset);
 
-    const int64_t stride = STEP * tokens.width;
-    int8_t* out = tokens.codes + strip * tokens.codes_per_strip + STEP * lane;
+    Places places(tokens, strip, lane);
     int32_t* sums = tokens.sums + strip * tokens.segments * tokens.width + lane;
     for (int64_t g = 0; g < tokens.columns.groups; ++g, sums += tokens.width) {
         const float* end = x + group_columns(tokens.columns, g);
-        for (*sums = 0; x < end; x += BLOCK, out += STEPS * stride) {
+        for (*sums = 0; x < end; x += BLOCK, places.next()) {
             const int filled = int(smaller(end - x, BLOCK));
             float block[BLOCK] = {};
             std::memcpy(block, x, sizeof(float) * filled);
@@ -88,16 +118,19 @@ void quantize_short(const float* x, const Tokens& tokens, int64_t strip, int lan
                 codes[i] = int8_t(int32_t(code - offset));
             }
             for (int i = filled; i < BLOCK; ++i) codes[i] = 0;
-            for (int i = 0; i < BLOCK; ++i) *sums += codes[i];
-            scatter(codes, out, stride);
+            int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int i = 0; i < BLOCK; ++i) sum += codes[i];
+            *sums += sum;
+            places.put(codes, 0);
         }
+        places.end_group(1);
         x = end;
     }
 }
 
 void quantize_long(const float* x, const Tokens& tokens, int64_t strip, int lane) {
-    const int64_t stride = STEP * 3 * tokens.width;
-    int8_t* out = tokens.codes + strip * tokens.codes_per_strip + STEP * lane;
+    Places places(tokens, strip, lane);
     float* scale = tokens.scale + strip * tokens.segments * tokens.width + lane;
     int32_t* sums = tokens.sums + strip * tokens.segments * 3 * tokens.width + lane;
     for (int64_t g = 0; g < tokens.columns.groups; ++g) {
@@ -108,25 +141,26 @@ void quantize_long(const float* x, const Tokens& tokens, int64_t strip, int lane
             *scale = larger(range.high, -range.low) / LARGEST_A16;
             const float reciprocal = *scale > 0 && range.finite ? 1 / *scale : 0;
             if (!range.finite) *scale = NOT_A_NUMBER;
-            for (int d = 0; d < 3; ++d) sums[d * tokens.width] = 0;
-            for (; x < end; x += BLOCK, out += STEPS * stride) {
+            int32_t sum[3] = {};
+            for (; x < end; x += BLOCK, places.next()) {
                 float block[BLOCK] = {};
                 std::memcpy(block, x, sizeof(float) * smaller(end - x, BLOCK));
                 alignas(BLOCK) int8_t codes[3][BLOCK];
+                int32_t high = 0, middle = 0, low = 0;
+#pragma omp simd reduction(+ : high, middle, low)
                 for (int i = 0; i < BLOCK; ++i) {
-                    int32_t code = int32_t(round_even(block[i] * reciprocal));
-                    codes[2][i] = int8_t(code);
-                    code = (code - codes[2][i]) >> 8;
-                    codes[1][i] = int8_t(code);
-                    codes[0][i] = int8_t((code - codes[1][i]) >> 8);
+                    const int32_t code = int32_t(round_even(block[i] * reciprocal));
+                    const int32_t l = int8_t(code), rest = (code - l) >> 8, m = int8_t(rest), h = (rest - m) >> 8;
+                    codes[0][i] = int8_t(h), codes[1][i] = int8_t(m), codes[2][i] = int8_t(l);
+                    high += h, middle += m, low += l;
                 }
-                for (int d = 0; d < 3; ++d) {
-                    for (int i = 0; i < BLOCK; ++i) sums[d * tokens.width] += codes[d][i];
-                    scatter(codes[d], out + d * STEP * tokens.width, stride);
-                }
+                sum[0] += high, sum[1] += middle, sum[2] += low;
+                for (int d = 0; d < 3; ++d) places.put(codes[d], d);
             }
+            for (int d = 0; d < 3; ++d) sums[d * tokens.width] = sum[d];
             x = end;
         }
+        places.end_group(3);
     }
 }
 

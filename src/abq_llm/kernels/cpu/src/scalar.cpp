@@ -74,8 +74,9 @@ void product(const Weight& weight, const Tokens& tokens, int64_t tile, int64_t s
     }
 }
 
-// What attention.h asks of a level: LANES fp16 numbers, one by one.
+// What attention.h asks of a level; fp16 numbers one by one.
 struct Scalar {
+    static Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
     static Floats halves(const uint16_t* from) {
         Floats floats;
         for (int i = 0; i < LANES; ++i) floats[i] = float_of_half(from[i]);

@@ -13,7 +13,7 @@
 namespace abq {
 namespace {
 
-constexpr int MAX_THREADS = 1024;
+constexpr int MAX_THREADS = 1024;  // of a job
 constexpr int SPINS = 4000;  // some 50 us: a decode step calls again within that
 
 void pause() {
@@ -33,14 +33,17 @@ class Pool {
             return;
         }
         while (workers_ < helpers && start(workers_)) ++workers_;
-        task_ = task, context_ = context, tasks_ = tasks;
-        next_.store(0, std::memory_order_relaxed);
+        task_ = task, context_ = context, shares_ = 1 + std::min(workers_, helpers);
+        for (int i = 0; i < shares_; ++i) {
+            share_[i].next.store(tasks * i / shares_, std::memory_order_relaxed);
+            share_[i].end = tasks * (i + 1) / shares_;
+        }
         state_.store(opened(state_.load(std::memory_order_relaxed), helpers));
         if (sleeping_.load() > 0) {
             std::lock_guard<std::mutex> lock(sleep_);
             wake_.notify_all();
         }
-        work();
+        work(0);
         state_.fetch_and(~LIMIT);  // closed
         for (int spins = 0; (state_.load() & ACTIVE) != 0; ++spins) spins < SPINS ? pause() : std::this_thread::yield();
         busy_.store(false);
@@ -68,7 +71,7 @@ class Pool {
             seen = job(state);
             while (job(state) == seen && index < limit(state)) {
                 if (!state_.compare_exchange_weak(state, state + 1)) continue;
-                work();
+                work(1 + index);
                 state_.fetch_sub(1);
                 break;
             }
@@ -86,20 +89,29 @@ class Pool {
         return state;
     }
 
-    void work() {
-        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) task_(context_, i);
+    // One's own share first, then what is left of the others'.
+    void work(int own) {
+        for (int i = 0; i < shares_; ++i) {
+            Share& share = share_[(own + i) % shares_];
+            for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+                task_(context_, task);
+        }
     }
+
+    struct alignas(64) Share {  // a cache line of its own: another core's counter would cost more than a small task
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
 
     std::atomic<bool> busy_{false};
     std::mutex sleep_;
     std::condition_variable wake_;
     std::atomic<uint64_t> state_{0};
-    std::atomic<int64_t> next_{0};
     std::atomic<int> sleeping_{0};
     Task task_ = nullptr;
     const void* context_ = nullptr;
-    int64_t tasks_ = 0;
-    int workers_ = 0;
+    int shares_ = 0, workers_ = 0;
+    Share share_[MAX_THREADS];
 };
 
 std::atomic<Pool*> pool{nullptr};  // never deleted: its threads may outlive the last call

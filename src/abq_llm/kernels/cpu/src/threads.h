@@ -1,6 +1,7 @@
 // A pool of threads that outlives the calls: as many as a call asks for, the caller among them.
 //
-// Tasks are handed out one by one. A worker that wakes up late finds the job closed: nobody waits for it. A second
+// Each thread has a share of the tasks, and takes what is left of the others' when it is done. A worker that wakes up
+// late finds the job closed: nobody waits for it. A second
 // thread that calls while the pool is busy, and a task that calls itself, does the work alone, so that there are never
 // more threads than asked for. After a fork the child starts with an empty pool.
 #pragma once

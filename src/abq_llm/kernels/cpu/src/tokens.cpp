@@ -12,7 +12,10 @@ Tokens::Tokens(Format format, const Columns& columns, int64_t count, int width, 
     segment_blocks = digits == 1 ? columns.group_blocks : SEGMENT_BLOCKS;
     auto cut = [&](int64_t blocks) { return (blocks + segment_blocks - 1) / segment_blocks; };
     segments = (columns.groups - 1) * cut(columns.group_blocks) + cut(columns.last_blocks);
-    codes_per_strip = columns.blocks * BLOCK * digits * width;
+    by_rows = width > MOST_TOKENS_BY_STEPS;
+    auto padded = [&](int64_t blocks) { return by_rows ? (blocks + 1) / 2 * 2 : blocks; };
+    const int64_t blocks = (columns.groups - 1) * padded(columns.group_blocks) + padded(columns.last_blocks);
+    codes_per_strip = blocks * BLOCK * digits * width;
 
     const int64_t code_bytes = align(strips * codes_per_strip);
     const int64_t scale_bytes = align(strips * width * (digits == 1 ? 1 : segments) * 4);

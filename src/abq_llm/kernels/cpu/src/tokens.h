@@ -8,6 +8,10 @@
 // The zero points are shifted alike, so nothing else has to know. At A16 a token is cut into segments of at most 128
 // columns of one group, whose codes of 24 bits are three signed digits, high to low: x ~ (65536 h + 256 m + l) * scale.
 // Up to 8 bits a segment is a whole group.
+//
+// Strips of more than 16 tokens are for multipliers of whole matrices (amx.cpp), which want a token's codes in one row:
+//
+//     codes   int8 [strip][row][digit][width][64]    a row is two blocks of a group, or its last and zeros
 #pragma once
 
 #include "layout.h"
@@ -15,6 +19,8 @@
 namespace abq {
 
 constexpr int64_t SEGMENT_BLOCKS = 4;   // at A16
+constexpr int ROW = 2 * BLOCK;          // columns
+constexpr int MOST_TOKENS_BY_STEPS = 16;
 constexpr float MIN_SCALE = 0x1p-20f;   // as in quantizers.py
 constexpr float LARGEST_A16 = 4194303;  // 2^22 - 1: what `round_even` rounds, and three digits hold
 
@@ -30,6 +36,7 @@ struct Tokens {
     Columns columns;
     int64_t count;
     int digits, width;
+    bool by_rows;
     int32_t max_code, offset;
     int64_t strips, segment_blocks, segments, codes_per_strip;
     int8_t* codes;

@@ -33,6 +33,10 @@ template <> __device__ inline bf16_t from_float<bf16_t>(float x) {
 
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+__device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+// Groups of `words` x 32 columns that meet a block of 8 words, at most: one may begin words - gcd before the block does
+__device__ constexpr int groups_in_block(int words) { return 1 + (words - greatest_common_divisor(words, 8) + 7) / words; }
+
 // D[16, 8] += popcount(A[16, 256] & B[256, 8]); lane 4g + t holds D[g][2t], D[g][2t+1], D[g+8][2t], D[g+8][2t+1]
 __device__ inline void mma_b1(int (&d)[4], uint4 a, uint2 b) {
     asm volatile(

@@ -12,12 +12,6 @@
 //                                                                 Sums of the warps meet in shared memory, too, those of
 //                                                                 `C::pass` row tiles at a time.
 //
-// From sm_90 on one more warp fills the queue by the copy engine: if the other warps copied, what they do besides would
-// stand behind their copies. Elsewhere each lane copies what it will multiply.
-//
-// Weights do not depend on the kernel before, so the queue is filled before the wait for it; but the message that it has
-// ended queues behind the copies under way, so these are no more than `C::window` stages.
-//
 //   C::columns    of a token in the product: its bits, rounded up to 2, 4, 8 or 16
 //   C::tiles      of 8 columns; a block does tiles * 8 / columns tokens
 //   C::x_blocks   k-blocks of a warp
@@ -30,31 +24,13 @@
 //   C::in_floats  groups, or 16-bit x with a scale for every k-block: sums are scaled and added in fp32 part by part
 #pragma once
 
-#include "bulk.cuh"
 #include "codes.cuh"
+#include "decode_queue.cuh"
 #include "epilogue.cuh"
 
-// Groups of `words` x 32 columns that meet a k-block of 8 words, at most
-__device__ constexpr int groups_in_block(int words) {
-    int most = 1;
-    for (int kb = 0; kb < words && kb < 64; kb++) {
-        int met = (8 * kb + 7) / words - 8 * kb / words + 1;
-        most = met > most ? met : most;
-    }
-    return most;
-}
-
 template <class C> struct DecodeShape {
-    static constexpr int threads = 32 * (C::warps + has_bulk_copies);
+    static constexpr int threads = 32 * (C::warps + has_bulk_copies);  // of the queue, too
     static constexpr int tokens = C::tiles * 8 / C::columns;
-    static constexpr int groups_met = C::in_floats ? groups_in_block(C::group_words) : 0;
-    // A stage: planes of the warps' k-blocks | a table for each warp, if any: scales fp32 [groups_met][16] and zero points
-    // [groups_met][16] bytes, or int32 [16] if not grouped
-    static constexpr int plane_bytes = C::planes * 512;
-    static constexpr int scale_bytes = C::grouped ? groups_met * 64 : 0, zero_bytes = groups_met * (C::grouped ? 16 : 64);
-    static constexpr int table_bytes = scale_bytes + zero_bytes;
-    static constexpr int stage_bytes = C::warps * (plane_bytes + table_bytes);
-    static_assert(C::shared_bytes == C::stages * stage_bytes, "the host must ask for as much shared memory");
 };
 
 // Sums over `lanes` neighbours, of which lane t keeps those of value[t], value[t + lanes], ... as value[0], value[1], ...
@@ -78,8 +54,8 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
     int row_tiles, int groups) {
     using T = typename C::T;
     using Sum = typename C::Sum;
-    using Shape = DecodeShape<C>;
-    constexpr int tokens = Shape::tokens, groups_met = Shape::groups_met;
+    using Queue = WeightQueue<C>;
+    constexpr int tokens = DecodeShape<C>::tokens, groups_met = Queue::groups_met;
     static_assert(C::pass == 1 || C::pass * tokens * 16 <= 32 * C::warps, "a thread writes outputs of one row");
     constexpr bool by_plane = !C::in_floats && C::tiles * C::planes <= 16;  // a sum for each plane fits in registers
     __shared__ Sum partial[2][C::pass][C::warps][tokens][16];
@@ -89,23 +65,8 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it is the same in all lanes
     const int first_tile = blockIdx.y * C::tiles, first_token = blockIdx.y * tokens;
-    const int padded_rows = row_tiles * 16;
 
-    unsigned char* queue = reinterpret_cast<unsigned char*>(queues);
-    auto planes_of = [&](int stage, int w) { return queue + stage * Shape::stage_bytes + w * Shape::plane_bytes; };
-    auto table_of = [&](int stage, int w) {
-        return queue + stage * Shape::stage_bytes + C::warps * Shape::plane_bytes + w * Shape::table_bytes;
-    };
-    // Where 16-byte piece i of a k-block's scales and zero points comes from
-    auto scale_source = [&](int kb, int row_tile, int i) {
-        const int group = min(8 * kb / C::group_words + i / 4, groups - 1);
-        return w_scale + (long long)group * padded_rows + row_tile * 16 + i % 4 * 4;
-    };
-    auto zero_source = [&](int kb, int row_tile, int i) -> const void* {
-        if constexpr (!C::grouped) return static_cast<const int*>(w_zero) + row_tile * 16 + i * 4;
-        const int group = min(8 * kb / C::group_words + i, groups - 1);
-        return static_cast<const unsigned char*>(w_zero) + (long long)group * padded_rows + row_tile * 16;
-    };
+    const Queue queue{reinterpret_cast<unsigned char*>(queues), weight, w_scale, w_zero, k_blocks, row_tiles, groups};
     auto has_block = [&](int b) { return b < C::full_rounds || b * C::warps + warp < k_blocks; };
 
     __shared__ unsigned long long full[C::stages], empty[C::stages];
@@ -120,50 +81,12 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
         }
         __syncthreads();
         if (warp == C::warps) {
-            int b = 0, stage = 0, filled = 1;
-            for (int step = 0, row_tile = blockIdx.x; row_tile < row_tiles; step++) {
-                if constexpr (C::refill) barrier_wait<false>(shared_address(&empty[stage]), filled);
-                if (step >= C::window && step < C::stages) barrier_wait<false>(shared_address(&full[step - C::window]), 0);
-                const unsigned barrier = shared_address(&full[stage]);
-                const int first = b * C::warps, blocks = min(C::warps, k_blocks - first);
-                if (lane == 0) {
-                    barrier_arrive_expecting(barrier, blocks * (Shape::plane_bytes + Shape::table_bytes));
-                    const uint4* from = weight + ((long long)row_tile * k_blocks + first) * (C::planes * 32);
-                    bulk_copy(shared_address(planes_of(stage, 0)), from, blocks * Shape::plane_bytes, barrier);
-                }
-                if constexpr (C::in_floats) {
-                    __syncwarp();
-                    const unsigned table = shared_address(table_of(stage, lane));
-                    if (C::grouped && lane < blocks) {
-#pragma unroll
-                        for (int i = 0; i < groups_met; i++) {
-                            bulk_copy(table + i * 64, scale_source(first + lane, row_tile, 4 * i), 64, barrier);
-                            bulk_copy(table + Shape::scale_bytes + i * 16, zero_source(first + lane, row_tile, i), 16, barrier);
-                        }
-                    } else if (lane < blocks) {
-                        bulk_copy(table, zero_source(first, row_tile, 0), 64, barrier);
-                    }
-                }
-                b = b == C::x_blocks - 1 ? 0 : b + 1;
-                if (b == 0) row_tile += gridDim.x;
-                stage = stage == C::stages - 1 ? 0 : stage + 1;
-                if (stage == 0) filled ^= 1;
-            }
+            queue.fill(full, empty, lane);
             return;
         }
     }
-    // Elsewhere: what this lane copies of a stage
-    auto load = [&](int stage, int row_tile, int b) {
-        const int kb = b * C::warps + warp;
-        if (row_tile < row_tiles && has_block(b)) {
-            const uint4* from = weight + ((long long)row_tile * k_blocks + kb) * (C::planes * 32);
-#pragma unroll
-            for (int p = 0; p < C::planes; p++) copy_async_16(planes_of(stage, warp) + (p * 32 + lane) * 16, from + p * 32 + lane);
-            unsigned char* table = table_of(stage, warp) + lane * 16;
-            if (lane < Shape::scale_bytes / 16) copy_async_16(table, scale_source(kb, row_tile, lane));
-            if (lane < Shape::zero_bytes / 16) copy_async_16(table + Shape::scale_bytes, zero_source(kb, row_tile, lane));
-        }
-        copy_async_commit();
+    auto load = [&](int stage, int row_tile, int b) {  // where there is no copy engine
+        queue.copy_async(stage, row_tile, b * C::warps + warp, warp, lane, row_tile < row_tiles && has_block(b));
     };
     auto sync_block = [&] {  // but for the warp that copies
         if constexpr (has_bulk_copies)
@@ -286,7 +209,7 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
                     copy_async_wait<C::stages - 1>();
                     if constexpr (C::in_floats) __syncwarp();  // other lanes have copied scales and zero points
                 }
-                const uint4* from = reinterpret_cast<const uint4*>(planes_of(stage, warp)) + lane;
+                const uint4* from = reinterpret_cast<const uint4*>(queue.planes(stage, warp)) + lane;
                 uint4 planes[C::planes];
 #pragma unroll
                 for (int p = 0; p < C::planes; p++) planes[p] = from[p * 32];
@@ -309,7 +232,7 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
                                 sums[n][half] += (product[2 * half] + 2 * product[2 * half + 1]) << p;
                         }
                 } else {
-                    const unsigned char* table = table_of(stage, warp);
+                    const unsigned char* table = queue.table(stage, warp);
                     float scale[groups_met][2];  // of rows g and g + 8
                     int zero[groups_met][2];
 #pragma unroll
@@ -318,7 +241,7 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
                         for (int half = 0; half < 2; half++) {
                             const int row = i * 16 + g + 8 * half;
                             scale[i][half] = C::grouped ? reinterpret_cast<const float*>(table)[row] : 1;
-                            zero[i][half] = C::grouped ? table[Shape::scale_bytes + row] : reinterpret_cast<const int*>(table)[row];
+                            zero[i][half] = C::grouped ? table[Queue::scale_bytes + row] : reinterpret_cast<const int*>(table)[row];
                         }
                     const int first = 8 * kb / C::group_words;
 #pragma unroll

@@ -6,14 +6,14 @@
 //                                                                                  shared memory is only a deep queue, no one else waits
 //     tokens    global -> shared -> ldmatrix -> operand B                          shared by the `warps_rows` warps of a slice
 //
-// in a queue of `stages` column blocks. `warps_k` slices of `warps_rows` warps, and `split_k` thread blocks, divide the columns; their
-// sums meet in shared memory (in global memory for split_k) and are added in a fixed order, so that results repeat to the bit.
+// in a queue of `stages` column blocks. `warps_k` slices of `warps_rows` warps divide the columns; their sums meet in shared memory and
+// are added in a fixed order, so that results repeat to the bit.
 //
 // Grouped weights: the integer sum of a group becomes a float and is scaled at the end of the group. Slices begin with a group. A single
 // slice adds the groups in the reference's order and with its roundings, to the same bits; several have the zero points of the tokens
 // corrected once, at the end, which needs fewer tables.
 //
-// Constants: planes, tokens, warps_rows, row_tiles, warps_k, split_k, stages, grouped, group_words (group size / 32),
+// Constants: planes, tokens, warps_rows, row_tiles, warps_k, stages, grouped, group_words (group size / 32),
 // has_zero_point (grouped weights only), programmatic, shared_bytes, blocks_per_sm; type T of the output.
 #pragma once
 
@@ -21,16 +21,8 @@
 #include "epilogue.cuh"
 #include "int8.cuh"
 
-__device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-// Groups that a block of 8 words meets at most
-__device__ constexpr int groups_in_block(int group_words) {
-    int most = 1;
-    for (int kb = 0; kb < group_words; kb++) most = larger(most, (8 * kb + 7) / group_words - 8 * kb / group_words + 1);
-    return most;
-}
-
 // Four 8x16-byte tiles (two if `b` has two registers), each from eight 16-byte rows whose addresses lanes 8i.. 8i+7 give
 __device__ inline void load_matrices(unsigned (&b)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -83,7 +75,7 @@ template <class C> struct GemmMma {
 
     // Groups of 32 * group_words columns against blocks of 8 words
     static constexpr bool groups_fit_blocks = 8 % C::group_words == 0;
-    static constexpr bool in_order = C::grouped && C::warps_k == 1 && C::split_k == 1;
+    static constexpr bool in_order = C::grouped && C::warps_k == 1;
     static constexpr int ends_apart = greatest_common_divisor(C::group_words, 8);      // a group ends at multiples of this only
     static constexpr int slice_unit = C::grouped ? C::group_words / ends_apart : 1;  // blocks after which both end
 
@@ -225,12 +217,10 @@ __device__ inline void multiply_block(
 // grouped: w_scale [groups][N], w_zero unsigned char [groups][N], x_sum [groups][8 MT], w_sum int [groups][N] in order (group_total),
 // else float [N] (offset); without zero points
 // w_zero and x_sum are null. N is padded to 16 in all of them, MT is that of ACT_U8.
-// partials: split_k * blocks * tokens * rows sums; arrivals: one zero per block, left as zeros. Both null for split_k = 1.
 template <class C>
 __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mma(
     const uint4* weight, const unsigned char* x, const float* w_scale, const void* w_zero, const void* w_sum, const float* x_scale,
-    const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N, int KB, int MT, int groups, void* partials,
-    int* arrivals) {
+    const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N, int KB, int MT, int groups) {
     using G = GemmMma<C>;
     using Sum = typename G::Sum;
     extern __shared__ uint4 shared_memory[];
@@ -242,9 +232,9 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
     const int column_tokens = 8 * MT;
 
     // This slice's blocks of columns
-    const int units = ceil_div(KB, G::slice_unit), part = blockIdx.z * C::warps_k + slice, parts = C::split_k * C::warps_k;
-    const int kb_begin = smaller(KB, units * part / parts * G::slice_unit);
-    const int kb_end = smaller(KB, units * (part + 1) / parts * G::slice_unit);
+    const int units = ceil_div(KB, G::slice_unit);
+    const int kb_begin = smaller(KB, units * slice / C::warps_k * G::slice_unit);
+    const int kb_end = smaller(KB, units * (slice + 1) / C::warps_k * G::slice_unit);
 
     unsigned char* queue = shared + slice * C::stages * G::stage_bytes;
     float* row_scale = reinterpret_cast<float*>(shared + G::queue_bytes);
@@ -411,39 +401,12 @@ __global__ void __launch_bounds__(GemmMma<C>::threads, C::blocks_per_sm) gemm_mm
             else
                 value[i] += int(bits[i]);
     };
-    auto add_slices = [&](Sum(&value)[8], int token) {
-#pragma unroll
-        for (int s = 0; s < C::warps_k; s++) add_8(value, sums + (s * C::tokens + token) * G::sum_pitch + row);
-    };
-
-    // Split over thread blocks: whoever comes last adds the parts of all, in their order
-    const int blocks = gridDim.x * gridDim.y, block = blockIdx.y * gridDim.x + blockIdx.x;
-    auto partial = [&](int z, int token) {
-        return static_cast<Sum*>(partials) + (((long long)(z)*blocks + block) * C::tokens + token) * G::rows + row;
-    };
-    if constexpr (C::split_k > 1) {
-        for (int token = thread / row_octets; token < C::tokens && first_token + token < M; token += G::threads / row_octets) {
-            Sum value[8] = {};
-            add_slices(value, token);
-            Sum* place = partial(blockIdx.z, token);
-#pragma unroll
-            for (int i = 0; i < 8; i++) place[i] = value[i];
-        }
-        __threadfence();
-        __syncthreads();
-        bool last = thread == 0 && atomicAdd(arrivals + block, 1) == C::split_k - 1;
-        if (!__syncthreads_or(last)) return;
-        __threadfence();
-        if (thread == 0) arrivals[block] = 0;
-    }
 
     const int columns = N - (first_row + row);
     for (int token = thread / row_octets; columns > 0 && token < C::tokens && first_token + token < M; token += G::threads / row_octets) {
         Sum value[8] = {};
-        if constexpr (C::split_k > 1)
-            for (int z = 0; z < C::split_k; z++) add_8(value, partial(z, token));
-        else
-            add_slices(value, token);
+#pragma unroll
+        for (int s = 0; s < C::warps_k; s++) add_8(value, sums + (s * C::tokens + token) * G::sum_pitch + row);
         float output[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
