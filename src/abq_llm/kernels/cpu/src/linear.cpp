@@ -7,7 +7,7 @@
 namespace abq {
 namespace {
 
-constexpr int64_t CACHED_TOKENS = 384 * 1024;  // bytes of codes that stay in a core's L2 while tiles pass by
+constexpr int64_t CACHED_TOKENS = 768 * 1024;  // bytes of codes that stay in a core's L2 while tiles pass by
 constexpr int TASKS_PER_THREAD = 8;            // so that a slow thread holds up the others for an eighth at most
 
 void multiply_tile(const Linear& layer, const Tokens& tokens, Product product, int64_t tile, int64_t strip) {
