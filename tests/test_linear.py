@@ -149,6 +149,16 @@ def test_prepare_is_called_again_after_loading_in_place(spy):
     assert torch.equal(layer(x), other(x))
 
 
+def test_another_bias_is_used():
+    layer, _ = quantized("W4A4", dtype=torch.float16)
+    x = torch.randn(3, 70)
+    before = layer(x)
+    layer.bias = torch.zeros_like(layer.bias)
+    without = layer(x)
+    layer.bias = None
+    assert not torch.equal(before, without) and torch.equal(layer(x), without)
+
+
 def test_set_backend(spy):
     first, _ = quantized("W4A8")
     second, _ = quantized("W4A16")

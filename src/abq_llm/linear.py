@@ -42,6 +42,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme, self.backend = in_features, out_features, scheme, "auto"
         self._prepared: tuple[tuple[str, Tensor], list[Tensor]] | None = None
+        self._prepared_bias: tuple[Tensor | None, Tensor | None] = None, None
         for name, (shape, buffer_dtype) in buffer_layout(in_features, out_features, scheme, scale_dtype).items():
             self.register_buffer(name, torch.zeros(shape, dtype=buffer_dtype, device=device))
         if "weight_zero_point" not in self._buffers:
@@ -81,7 +82,7 @@ class QuantLinear(nn.Module):
         return torch.ops.abq_llm.linear(
             x,
             weight,
-            self.bias,
+            self._bias(),
             self.out_features,
             str(self.scheme),
             self.scheme.weight_symmetric,
@@ -98,6 +99,12 @@ class QuantLinear(nn.Module):
             self._prepared = (key, prepare(self.packed_weight(), self.scheme, self.in_features))
         return self._backend_name, self._prepared[1]
 
+    def _bias(self) -> Tensor | None:
+        """The bias in fp32, converted once and again when it is replaced."""
+        if self._prepared_bias[0] is not self.bias:
+            self._prepared_bias = self.bias, None if self.bias is None else self.bias.float()
+        return self._prepared_bias[1]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """As `nn.Module`, but .half() and .to(dtype) leave the scales alone: they belong to the integers."""
         scale = self.weight_scale
@@ -108,7 +115,7 @@ class QuantLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """As `nn.Module`, which copies into the buffers in place: what was prepared from them is stale."""
-        self._prepared = None
+        self._prepared, self._prepared_bias = None, (None, None)
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -206,8 +206,8 @@ def test_opcheck(backend, scheme, bias):
 @pytest.mark.parametrize("prepared", [False, True])
 def test_compiles_without_a_graph_break(backend, scheme, prepared):
     torch._dynamo.reset()
-    case = oracle.make_case(scheme, 70, 9)
-    layer = layer_of(case, backend)
+    case = oracle.make_case(scheme, 70, 9, bias=True)
+    layer = layer_of(case, backend).to(torch.bfloat16)
     x = tokens(12, 70, torch.float32).to(backend[1])
     if prepared:
         layer(x)
