@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels.cuda import jit, launch
+from abq_llm.kernels.cuda import gemm_wgmma, jit, launch
 from abq_llm.kernels.cuda.activations import TYPE_NAMES, aligned
 from abq_llm.kernels.cuda.gemm_wgmma import SHARED_LIMIT, Tile, cycles, token_counts
 from abq_llm.kernels.cuda.gpus import gpu
@@ -64,22 +64,8 @@ def _filled(tile: Tile, planes: int) -> Tile | None:
 
 
 def constants(tile: Tile, problem: Problem, dtype: torch.dtype) -> dict[str, bool | int | str]:
-    return {
-        "planes": problem.planes,
-        "tokens": tile.tokens,
-        "consumers": tile.consumers,
-        "slabs": tile.slabs,
-        "stages": tile.stages,
-        "stage_steps": tile.stage_steps,
-        "weight_slots": tile.weight_slots,
-        "resident": 1,
-        "unit": UNIT,
-        "grouped": problem.group_size > 0,
-        "group_words": problem.group_words or UNIT,
-        "programmatic": True,
-        "debug": False,
-        "T": TYPE_NAMES[dtype],
-    }
+    shared = gemm_wgmma.constants(tile, problem.planes, dtype, group_words=problem.group_words, programmatic=True)
+    return {**shared, "unit": UNIT, "group_words": problem.group_words or UNIT}
 
 
 def x_tiles(x: Tensor, problem: Problem, tokens: int) -> Tensor:
