@@ -6,25 +6,26 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, gemm_wgmma_f16
+from abq_llm.kernels.cuda import decode, gemm_mma, gemm_mma_f16, gemm_wgmma, gemm_wgmma_f16
 from abq_llm.kernels.cuda.activations import columns_per_token
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
 
-Tile = decode.Tile | gemm_mma.Tile | gemm_wgmma.Tile
+Tile = decode.Tile | gemm_mma.Tile | gemm_mma_f16.Tile | gemm_wgmma.Tile
 
 DECODE_COLUMNS = 32  # of the binary product, up to which it beats the int8 product, whose activations are more compact
 DECODE_COLUMNS_GROUPED = 16  # the same for groups of 128 columns and more; shorter ones take too many binary products
 DECODE_TOKENS_16 = 32  # of 16-bit activations, up to which it beats a dequantized weight
 DECODE_TOKENS_F16 = 8, 4  # the same where warpgroup products of floats can be had, on every SM: per channel, in groups
 ROW_TILES_F16 = 8  # of a block of those products
+MMA_F16_TOKENS = 64  # of 16-bit activations, up to which it beats the products with more rows a block
 WGMMA_F16_TOKENS = 1024  # of 16-bit activations, up to which it beats a dequantized weight
 WGMMA_TOKENS = 65  # from which the warpgroup product is worth its larger blocks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`path`: decode, mma, wgmma, wgmma_b1, wgmma_f16, or dequantize (which has no tile)."""
+    """`path`: decode, mma, mma_f16, wgmma, wgmma_b1, wgmma_f16, or dequantize (which has no tile)."""
 
     path: str
     tile: Tile | None = None
@@ -84,6 +85,8 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     if problem.planes > 8 or columns <= (16 * DECODE_TOKENS_16 if problem.bits == 16 else 4 * DECODE_COLUMNS):
         plans += [Plan("decode", tile) for tile in decode.candidates(problem, gpu.sms, gpu.shared_limit)]
     if problem.bits == 16:
+        if problem.m <= MMA_F16_TOKENS and gemm_mma_f16.takes(problem):
+            plans += [Plan("mma_f16", tile) for tile in gemm_mma_f16.candidates(problem, gpu.sms, gpu.shared_limit)]
         if gpu.has_wgmma and problem.m > 4 and gemm_wgmma_f16.takes(problem):
             plans += [Plan("wgmma_f16", tile) for tile in gemm_wgmma_f16.candidates(problem)]
         return [*plans, Plan("dequantize")]

@@ -53,6 +53,16 @@ __device__ inline void named_barrier_arrive(int name, int threads) {  // without
     asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// A place in a ring of `size` buffers, each with a barrier "full" and one "empty", and the parity of its present round
+template <int size> struct Place {
+    int index = 0;
+    unsigned parity = 0;
+    __device__ void advance() {
+        if (++index == size) index = 0, parity ^= 1;
+    }
+    __device__ int previous() const { return index == 0 ? size - 1 : index - 1; }
+};
+
 // --------------------------------------------------------------------------------------------------------------- copies
 // `bytes` and both addresses are multiples of 16; the barrier counts the bytes.
 

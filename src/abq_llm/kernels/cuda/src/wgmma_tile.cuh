@@ -51,16 +51,6 @@ template <class T> constexpr int out_tokens = 32 / sizeof(T);
 constexpr int out_bytes = 2 * 16 * (16 * 2 + 16);  // of a warp
 static_assert(2 * out_tokens<float> * out_pitch<float> <= out_bytes);
 
-// A place in a ring of `size` buffers, each with a barrier "full" and one "empty", and the parity of its present round
-template <int size> struct Place {
-    int index = 0;
-    unsigned parity = 0;
-    __device__ void advance() {
-        if (++index == size) index = 0, parity ^= 1;
-    }
-    __device__ int previous() const { return index == 0 ? size - 1 : index - 1; }
-};
-
 template <class C, class Shape> struct Shared {
     unsigned base;
     __device__ unsigned x_full(int stage) const { return base + stage * 8; }

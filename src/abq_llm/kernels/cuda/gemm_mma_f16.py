@@ -1,0 +1,162 @@
+"""Product for few tokens of 16-bit floats on `mma.sync`, for every GPU from sm_80 on. The kernel: `src/gemm_mma_f16.cuh`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from abq_llm.errors import AbqError
+from abq_llm.kernels.cuda import jit, launch
+from abq_llm.kernels.cuda.activations import TYPE_NAMES
+from abq_llm.kernels.cuda.gpus import gpu
+from abq_llm.kernels.cuda.problem import WORD, Problem, groups_in_block
+
+MAX_TOKENS = 64  # of a block
+# Bytes of an SM that may be under way before x is here: see `decode.WINDOW_BYTES`
+WINDOW_BYTES = 32 * 1024
+RESERVED = 1024  # bytes of shared memory that a block takes besides its own
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block does `tokens` x up to 16 * warps_rows * row_tiles rows."""
+
+    tokens: int  # 1, 2, 4, or a multiple of 8
+    warps_rows: int  # warps side by side,
+    row_tiles: int  # with so many tiles of 16 rows each
+    warps_k: int  # slices of the columns, with warps of their own
+    stages: int  # of the queue: `warps_k` k-blocks each
+    early: bool = False  # the next kernel's weights may come before this one's x
+
+    @property
+    def block_row_tiles(self) -> int:
+        return self.warps_rows * self.row_tiles
+
+    @property
+    def warps(self) -> int:
+        return self.warps_rows * self.warps_k
+
+    def blocks(self, problem: Problem, sms: int) -> int:
+        """That share the rows: as many as keep all SMs busy alike."""
+        needed = -(-problem.row_tiles // self.block_row_tiles)
+        return min(problem.row_tiles, -(-needed // sms) * sms)
+
+
+def takes(problem: Problem) -> bool:
+    """Whether codes fit bytes."""
+    return problem.planes <= 8
+
+
+def weight_bytes(tile: Tile, problem: Problem) -> int:
+    """Of a stage, with scales and zero points."""
+    slots = groups_in_block(problem.group_words) if problem.group_size else 0
+    return tile.block_row_tiles * tile.warps_k * (512 * problem.planes + 80 * slots)
+
+
+def shared_bytes(tile: Tile, problem: Problem) -> int:
+    """Dynamic shared memory of a block, as in `MmaF16` (which refuses to compile when they differ)."""
+    rows = 16 * tile.block_row_tiles
+    stage = weight_bytes(tile, problem) + tile.tokens * (512 * tile.warps_k + 32)
+    sums = 4 * tile.warps_k * tile.tokens * (rows + 4)
+    return max(tile.stages * stage, sums) + 8 * rows
+
+
+def registers(tile: Tile, problem: Problem) -> int:
+    """Of a thread, about."""
+    sums = tile.row_tiles * max(4, tile.tokens // 2) * (2 if problem.group_size else 1)
+    return sums + 4 * tile.row_tiles * (1 << (problem.planes - 1).bit_length()) + 44
+
+
+def threads(tile: Tile, copy_engine: bool = True) -> int:
+    return 32 * (tile.warps + 2 * copy_engine)
+
+
+def resident(tile: Tile, problem: Problem, shared_limit: int) -> int:
+    """Blocks that an SM can hold, up to 4: the compiler is held to it."""
+    by_registers = 65536 // (threads(tile) * registers(tile, problem))
+    by_shared = (shared_limit + RESERVED) // (shared_bytes(tile, problem) + RESERVED)
+    return max(1, min(4, by_registers, by_shared))
+
+
+def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
+    tokens = min(MAX_TOKENS, 1 << (problem.m - 1).bit_length())
+    found = []
+    sizes = (1, 2, 3, 4, 5, 6, 7, 8), (1, 2), (1, 2, 4, 8, 16), (2, 3, 4, 6, 8), (False, True)
+    for tile in itertools.starmap(Tile, itertools.product((tokens,), *sizes)):
+        if (
+            4 <= tile.warps <= 16
+            and tile.warps_k <= problem.k_blocks
+            and (tile.row_tiles == 1 or tokens > 8)
+            and registers(tile, problem) <= 65536 // threads(tile)
+            and shared_bytes(tile, problem) + RESERVED <= shared_limit
+        ):
+            found.append(tile)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, sms: int, shared_limit: int) -> Tile:
+    """The tile for a shape that nobody has tuned."""
+    return candidates(problem, sms, shared_limit)[0]
+
+
+def constants(tile: Tile, problem: Problem, dtype: torch.dtype, shared_limit: int) -> dict[str, bool | int | str]:
+    """`Config` of the kernel."""
+    per_sm = resident(tile, problem, shared_limit)
+    return {
+        "T": TYPE_NAMES[dtype],
+        "planes": problem.planes,
+        "grouped": problem.group_size > 0,
+        "group_words": problem.group_words or 1,
+        "full_blocks": problem.k_blocks * 8 == columns(problem) // WORD,
+        "tokens": tile.tokens,
+        "warps_rows": tile.warps_rows,
+        "row_tiles": tile.row_tiles,
+        "warps_k": tile.warps_k,
+        "stages": tile.stages,
+        "early": tile.early,
+        "window": max(1, WINDOW_BYTES // weight_bytes(tile, problem)),
+        "resident": per_sm,
+        "shared_bytes": shared_bytes(tile, problem),
+    }
+
+
+def columns(problem: Problem) -> int:
+    """Of x as the kernel reads it: groups padded as in the layout, the last one to words."""
+    last = problem.last_group if problem.group_size else problem.k
+    return (problem.groups - 1) * problem.group_padded + -(-last // WORD) * WORD
+
+
+def padded(x: Tensor, problem: Problem) -> Tensor:
+    """x [M, K], contiguous -> [M, columns], at an address divisible by 16. Seldom a copy."""
+    if problem.group_size != problem.group_padded:
+        x = pad(x, (0, problem.groups * problem.group_size - problem.k)).view(len(x), problem.groups, -1)
+        x = pad(x, (0, problem.group_padded - problem.group_size)).flatten(1)[:, : columns(problem)].contiguous()
+    elif problem.k % WORD:
+        x = pad(x, (0, -problem.k % WORD))
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def run(tile: Tile, x: Tensor, weight: list[Tensor], bias: Tensor | None, problem: Problem) -> Tensor:
+    """x [M, K] fp16 or bf16, contiguous, weight of `layout.prepare` -> [M, N] in the dtype of x. bias fp32 [N]."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise AbqError(f"gemm_mma_f16 is for 16-bit floats, not {x.dtype}")
+    planes, scale, zero, *_ = weight
+    x = padded(x, problem)
+    y = x.new_empty(problem.m, problem.n)
+    place = gpu(x.get_device())
+    kernel = jit.load("gemm_mma_f16", "gemm_mma_f16", constants(tile, problem, x.dtype, place.shared_limit), x.device)
+    launch.launch(
+        kernel,
+        (-(-problem.m // tile.tokens), tile.blocks(problem, place.sms), 1),
+        (threads(tile, place.has_copy_engine), 1, 1),
+        [planes, x, scale, zero, bias, y, problem.m, problem.n, x.shape[1], problem.k_blocks, problem.groups],
+        shared_bytes=shared_bytes(tile, problem),
+        programmatic=True,
+    )
+    return y
