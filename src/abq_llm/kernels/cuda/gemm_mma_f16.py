@@ -76,9 +76,15 @@ def threads(tile: Tile, copy_engine: bool = True) -> int:
     return 32 * (tile.warps + 2 * copy_engine)
 
 
+def registers_for(warps: int) -> int:
+    """That each thread may have: an SM's four parts take a quarter of the warps each."""
+    return min(255, 16384 // (32 * -(-warps // 4)) // 8 * 8)
+
+
 def resident(tile: Tile, problem: Problem, shared_limit: int) -> int:
     """Blocks that an SM can hold, up to 4: the compiler is held to it."""
-    by_registers = 65536 // (threads(tile) * registers(tile, problem))
+    warps, used = threads(tile) // 32, registers(tile, problem)
+    by_registers = max(n for n in range(5) if n == 0 or registers_for(n * warps) >= used)
     by_shared = (shared_limit + RESERVED) // (shared_bytes(tile, problem) + RESERVED)
     return max(1, min(4, by_registers, by_shared))
 
@@ -92,7 +98,7 @@ def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
             4 <= tile.warps <= 16
             and tile.warps_k <= problem.k_blocks
             and (tile.row_tiles == 1 or tokens > 8)
-            and registers(tile, problem) <= 65536 // threads(tile)
+            and registers(tile, problem) <= registers_for(threads(tile) // 32)
             and shared_bytes(tile, problem) + RESERVED <= shared_limit
         ):
             found.append(tile)
