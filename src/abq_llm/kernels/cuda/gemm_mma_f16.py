@@ -47,11 +47,6 @@ class Tile:
         return min(problem.row_tiles, -(-needed // sms) * sms)
 
 
-def takes(problem: Problem) -> bool:
-    """Whether codes fit bytes."""
-    return problem.planes <= 8
-
-
 def weight_bytes(tile: Tile, problem: Problem) -> int:
     """Of a stage, with scales and zero points."""
     slots = groups_in_block(problem.group_words) if problem.group_size else 0
@@ -69,7 +64,7 @@ def shared_bytes(tile: Tile, problem: Problem) -> int:
 def registers(tile: Tile, problem: Problem) -> int:
     """Of a thread, about."""
     sums = tile.row_tiles * max(4, tile.tokens // 2) * (2 if problem.group_size else 1)
-    return sums + 4 * tile.row_tiles * (1 << (problem.planes - 1).bit_length()) + 44
+    return sums + 4 * tile.row_tiles * (1 << (min(problem.planes, 8) - 1).bit_length()) + (44 if problem.planes <= 8 else 48)
 
 
 def threads(tile: Tile, copy_engine: bool = True) -> int:

@@ -85,7 +85,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     if problem.planes > 8 or columns <= (16 * DECODE_TOKENS_16 if problem.bits == 16 else 4 * DECODE_COLUMNS):
         plans += [Plan("decode", tile) for tile in decode.candidates(problem, gpu.sms, gpu.shared_limit)]
     if problem.bits == 16:
-        if problem.m <= MMA_F16_TOKENS and gemm_mma_f16.takes(problem):
+        if problem.m <= MMA_F16_TOKENS:
             plans += [Plan("mma_f16", tile) for tile in gemm_mma_f16.candidates(problem, gpu.sms, gpu.shared_limit)]
         if gpu.has_wgmma and problem.m > 4 and gemm_wgmma_f16.takes(problem):
             plans += [Plan("wgmma_f16", tile) for tile in gemm_wgmma_f16.candidates(problem)]

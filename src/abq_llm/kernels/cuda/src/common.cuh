@@ -31,6 +31,9 @@ template <> __device__ inline bf16_t from_float<bf16_t>(float x) {
     return y;
 }
 
+template <bool condition, class A, class B> struct Either { using type = A; };
+template <class A, class B> struct Either<false, A, B> { using type = B; };
+
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 __device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }

@@ -38,18 +38,6 @@ __device__ inline void mma_floats(bf16_t, float (&d)[4], const unsigned (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 
-// Four codes, centered, as two pairs of T
-template <class T, int planes> struct Centered {
-    static __device__ unsigned zero(int z) { return zero_pair<T>(z); }
-    static __device__ unsigned pair(unsigned codes, int half, unsigned zero) { return centered_pair<T>(codes, half, zero); }
-};
-template <> struct Centered<bf16_t, 8> {
-    static __device__ unsigned zero(int z) { return zero_pair<half_t>(z); }
-    static __device__ unsigned pair(unsigned codes, int half, unsigned zero) {
-        return bf16_pair(centered_pair<half_t>(codes, half, zero));
-    }
-};
-
 template <class C> struct MmaF16 {
     static constexpr int warps = C::warps_rows * C::warps_k;
     static constexpr int threads = 32 * (warps + 2 * has_bulk_copies);
@@ -123,21 +111,25 @@ __device__ inline void multiply_block(
     using G = MmaF16<C>;
     using T = typename C::T;
     using Codes = Centered<T, C::planes>;
-    constexpr int words = power_of_two_above(C::planes);
+    constexpr int byte_planes = C::planes < 8 ? C::planes : 8, words = power_of_two_above(byte_planes);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-    unsigned word[C::row_tiles][4][words];
+    unsigned word[C::row_tiles][4][words], ninth[C::row_tiles][4] = {};
 #pragma unroll
     for (int r = 0; r < C::row_tiles; r++) {
         const int tile = warp_row * C::row_tiles + r;
         const uint4* planes = reinterpret_cast<const uint4*>(stage + (tile * C::warps_k + slice) * G::plane_bytes) + lane;
 #pragma unroll
         for (int p = 0; p < words; p++) {
-            const uint4 plane = p < C::planes ? planes[p * 32] : make_uint4(0, 0, 0, 0);
+            const uint4 plane = p < byte_planes ? planes[p * 32] : make_uint4(0, 0, 0, 0);
             word[r][0][p] = plane.x, word[r][1][p] = plane.y, word[r][2][p] = plane.z, word[r][3][p] = plane.w;
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) planes_to_steps<C::planes>(word[r][i]);
+        for (int i = 0; i < 4; i++) planes_to_steps<byte_planes>(word[r][i]);
+        if constexpr (C::planes > 8) {
+            const uint4 plane = planes[8 * 32];
+            ninth[r][0] = plane.x, ninth[r][1] = plane.y, ninth[r][2] = plane.z, ninth[r][3] = plane.w;
+        }
     }
 
     const unsigned char* tokens[G::token_tiles];
@@ -175,7 +167,8 @@ __device__ inline void multiply_block(
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         const unsigned codes = codes_of_step(word[r][2 * h + i % 2], step);
-                        a[r][i] = Codes::pair(codes, i / 2, rows.zero[r][i % 2]);
+                        const unsigned last = ninth[r][2 * h + i % 2] >> step & 0x01010101u;
+                        a[r][i] = Codes::pair(codes, last, i / 2, rows.zero[r][i % 2]);
                     }
 #pragma unroll
                 for (int n = 0; n < G::token_tiles; n++) {
