@@ -11,6 +11,7 @@ from abq_llm.kernels.cuda import (
     decode,
     dequantize,
     gemm_mma,
+    gemm_mma_f16,
     gemm_wgmma,
     gemm_wgmma_f16,
     jit,
@@ -180,6 +181,29 @@ def test_gemm_mma_on_every_architecture(arch):
     shapes = problem(64, 2), problem(64, 8), problem(64, 3, group_size=64)
     cubins = [compiled("gemm_mma", mma_constants(shape, arch), arch) for shape in shapes]
     assert has(instructions(cubins[-1]), "IMMA.16832.U8.U8")
+
+
+def mma_f16_constants(shape, arch, dtype=HALF):
+    tile = gemm_mma_f16.choose(shape, GPUS[arch].sms, GPUS[arch].shared_limit)
+    return gemm_mma_f16.constants(tile, shape, dtype, GPUS[arch].shared_limit)
+
+
+@pytest.mark.parametrize("planes", range(1, 10))
+def test_gemm_mma_f16(planes):
+    """One token and many: products of floats, and registers for everything."""
+    for m, group_size, dtype, name in ((1, 128, HALF, "F32"), (64, 0, torch.bfloat16, "F32.BF16")):
+        constants = mma_f16_constants(problem(m, planes, 16, group_size), "sm_90a", dtype)
+        found = instructions(compiled("gemm_mma_f16", constants, "sm_90a"))
+        assert f"HMMA.16816.{name}" in found and has(found, "UBLKCP")
+        assert not (has(found, "STL") or has(found, "LDL")), "it keeps something in local memory"
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_gemm_mma_f16_on_every_architecture(arch):
+    for shape in (problem(16, 4, 16), replace(problem(64, 3, 16, 96), k=1000)):
+        found = instructions(compiled("gemm_mma_f16", mma_f16_constants(shape, arch), arch))
+        assert "HMMA.16816.F32" in found
+        assert has(found, "UBLKCP") == GPUS[arch].has_copy_engine and has(found, "LDGSTS") != GPUS[arch].has_copy_engine
 
 
 @pytest.mark.parametrize("planes", range(1, 9))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -64,10 +64,12 @@ def shared_bytes(tile: Tile, problem: Problem) -> int:
 def registers(tile: Tile, problem: Problem) -> int:
     """Of a thread, about."""
     sums = tile.row_tiles * max(4, tile.tokens // 2) * (2 if problem.group_size else 1)
-    return sums + 4 * tile.row_tiles * (1 << (min(problem.planes, 8) - 1).bit_length()) + (44 if problem.planes <= 8 else 48)
+    planes = 4 * tile.row_tiles * ((1 << (min(problem.planes, 8) - 1).bit_length()) + (problem.planes > 8))
+    return sums + planes + 10 * tile.row_tiles + 2 * -(-tile.tokens // 8) + 36
 
 
 def threads(tile: Tile, copy_engine: bool = True) -> int:
+    """Of a block, with the two warps that copy, where there is a copy engine."""
     return 32 * (tile.warps + 2 * copy_engine)
 
 
@@ -84,20 +86,50 @@ def resident(tile: Tile, problem: Problem, shared_limit: int) -> int:
     return max(1, min(4, by_registers, by_shared))
 
 
+def clocks(tile: Tile, problem: Problem, sms: int, per_sm: int) -> float:
+    """Clocks of the busiest SM, about, when it can hold `per_sm` blocks. Most useful to compare tiles."""
+    blocks = tile.blocks(problem, sms) * -(-problem.m // tile.tokens)
+    waves = -(-blocks // sms)
+    token_tiles = -(-tile.tokens // 8)
+    groups = groups_in_block(problem.group_words) if problem.group_size else 0
+    # Instructions of a warp for a k-block of a row tile
+    expand = 200 + 24 * problem.planes
+    products = token_tiles * max(16 + 16 / tile.row_tiles + 4 * groups, 102) if token_tiles > 2 else token_tiles * 40
+    rounds = -(-problem.k_blocks // tile.warps_k)
+    warps = tile.warps * min(waves, per_sm)
+    work = (expand + products) * tile.row_tiles * tile.warps / 4 * (1 + 4 / warps)
+    memory = (weight_bytes(tile, problem) + tile.warps_k * 512 * tile.tokens / 2) / 13
+    combine = 13 * tile.tokens * tile.block_row_tiles * (tile.warps_k + 3) / tile.warps
+    return waves * (rounds * max(work, memory) + combine) + 800 * -(-waves // per_sm)
+
+
 def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
-    tokens = min(MAX_TOKENS, 1 << (problem.m - 1).bit_length())
-    found = []
-    sizes = (1, 2, 3, 4, 5, 6, 7, 8), (1, 2), (1, 2, 4, 8, 16), (2, 3, 4, 6, 8), (False, True)
-    for tile in itertools.starmap(Tile, itertools.product((tokens,), *sizes)):
-        if (
-            4 <= tile.warps <= 16
-            and tile.warps_k <= problem.k_blocks
-            and (tile.row_tiles == 1 or tokens > 8)
-            and registers(tile, problem) <= registers_for(threads(tile) // 32)
-            and shared_bytes(tile, problem) + RESERVED <= shared_limit
-        ):
-            found.append(tile)
-    return found
+    """At most 16 tiles worth a measurement, the most promising first."""
+    widest = min(MAX_TOKENS, 1 << (problem.m - 1).bit_length())
+    shares = sorted({-(-problem.row_tiles // (sms * i)) for i in range(1, 129)})  # row tiles of a block
+    shares = [share for share in shares if share <= 16]
+    estimates: dict[Tile, float] = {}
+    sizes = {widest, max(8, widest // 2)} if widest > 8 else {widest}
+    for tokens, share, row_tiles, warps_k in itertools.product(sorted(sizes), shares, (1, 2), (1, 2, 4, 8, 16)):
+        warps_rows = -(-share // row_tiles)
+        if warps_rows * warps_k > 16 or warps_k > problem.k_blocks or (row_tiles > 1 and tokens <= 8):
+            continue
+        for tile, per_sm in _filled(Tile(tokens, warps_rows, row_tiles, warps_k, 2), problem, shared_limit):
+            estimates[tile] = clocks(tile, problem, sms, per_sm)
+    best = sorted(estimates, key=lambda tile: estimates[tile])[:8]
+    return [replace(tile, early=early) for early in (False, True) for tile in best]
+
+
+def _filled(tile: Tile, problem: Problem, shared_limit: int) -> list[tuple[Tile, int]]:
+    """`tile` with as many stages as one, two or three blocks of an SM can have, and that number."""
+    found: dict[int, Tile] = {}
+    if registers(tile, problem) > registers_for(threads(tile) // 32):
+        return []
+    for stages in range(2, 9):
+        filled = replace(tile, stages=stages)
+        if shared_bytes(filled, problem) + RESERVED <= shared_limit:
+            found[resident(filled, problem, shared_limit)] = filled
+    return [(filled, per_sm) for per_sm, filled in found.items()]
 
 
 @lru_cache(maxsize=4096)
