@@ -36,13 +36,13 @@ def test_every_product_has_tiles_and_they_fit(scheme, gpu):
 
 
 def test_shared_memory_by_hand():
-    tile = Tile(8, 3, 2, 4, 2)  # 6 row tiles, 4 k-blocks a stage
+    tile = Tile(8, 3, 2, 4, 1, 2)  # 6 row tiles, 4 k-blocks a stage
     weights, x, rows = 6 * 4 * 4 * 512, 8 * (4 * 512 + 32), 96
     assert gemm_mma_f16.shared_bytes(tile, problem("W4A16", 8)) == 2 * (weights + x) + 8 * rows
     tables = 6 * 4 * 2 * (64 + 16)  # two groups meet a k-block
     assert gemm_mma_f16.shared_bytes(tile, problem("W4A16g128", 8)) == 2 * (weights + tables + x) + 8 * rows
     sums = 16 * 64 * (16 + 4) * 4
-    assert gemm_mma_f16.shared_bytes(Tile(64, 1, 1, 16, 2), problem("W1A16", 64)) >= sums
+    assert gemm_mma_f16.shared_bytes(Tile(64, 1, 1, 16, 1, 2), problem("W1A16", 64)) >= sums
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ class Tile:
     warps_rows: int  # warps side by side,
     row_tiles: int  # with so many tiles of 16 rows each
     warps_k: int  # slices of the columns, with warps of their own
+    warps_tokens: int  # parts of the tokens, likewise
     stages: int  # of the queue: `warps_k` k-blocks each
     early: bool = False  # the next kernel's weights may come before this one's x
 
@@ -39,7 +40,11 @@ class Tile:
 
     @property
     def warps(self) -> int:
-        return self.warps_rows * self.warps_k
+        return self.warps_rows * self.warps_k * self.warps_tokens
+
+    @property
+    def warp_tokens(self) -> int:
+        return self.tokens // self.warps_tokens
 
     def blocks(self, problem: Problem, sms: int) -> int:
         """That share the rows: as many as keep all SMs busy alike."""
@@ -63,9 +68,12 @@ def shared_bytes(tile: Tile, problem: Problem) -> int:
 
 def registers(tile: Tile, problem: Problem) -> int:
     """Of a thread, about."""
-    sums = tile.row_tiles * max(4, tile.tokens // 2) * (2 if problem.group_size else 1)
-    planes = 4 * tile.row_tiles * ((1 << (min(problem.planes, 8) - 1).bit_length()) + (problem.planes > 8))
-    return sums + planes + 10 * tile.row_tiles + 2 * -(-tile.tokens // 8) + 36
+    tiles = tile.row_tiles * -(-tile.warp_tokens // 8)
+    words = 1 << (min(problem.planes, 8) - 1).bit_length()
+    sets = 8 // words if 8 // words * tiles <= 8 else 1  # as `sets` in `MmaF16`
+    sums = 4 * tiles * (sets + (problem.group_size > 0))
+    planes = 4 * tile.row_tiles * (words + (problem.planes > 8))
+    return sums + planes + 10 * tile.row_tiles + 2 * -(-tile.warp_tokens // 8) + 32
 
 
 def threads(tile: Tile, copy_engine: bool = True) -> int:
@@ -95,6 +103,7 @@ def clocks(tile: Tile, problem: Problem, sms: int, per_sm: int) -> float:
     # Instructions of a warp for a k-block of a row tile
     expand = 200 + 24 * problem.planes
     products = token_tiles * max(16 + 16 / tile.row_tiles + 4 * groups, 102) if token_tiles > 2 else token_tiles * 40
+    products /= tile.warps_tokens
     rounds = -(-problem.k_blocks // tile.warps_k)
     warps = tile.warps * min(waves, per_sm)
     work = (expand + products) * tile.row_tiles * tile.warps / 4 * (1 + 4 / warps)
@@ -110,12 +119,17 @@ def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
     shares = [share for share in shares if share <= 16]
     estimates: dict[Tile, float] = {}
     sizes = {widest, max(8, widest // 2)} if widest > 8 else {widest}
-    for tokens, share, row_tiles, warps_k in itertools.product(sorted(sizes), shares, (1, 2), (1, 2, 4, 8, 16)):
-        warps_rows = -(-share // row_tiles)
-        if warps_rows * warps_k > 16 or warps_k > problem.k_blocks or (row_tiles > 1 and tokens <= 8):
-            continue
-        for tile, per_sm in _filled(Tile(tokens, warps_rows, row_tiles, warps_k, 2), problem, shared_limit):
-            estimates[tile] = clocks(tile, problem, sms, per_sm)
+    shapes = sorted(sizes), shares, (1, 2), (1, 2, 4, 8, 16), (1, 2)
+    for tokens, share, row_tiles, warps_k, warps_tokens in itertools.product(*shapes):
+        tile = Tile(tokens, -(-share // row_tiles), row_tiles, warps_k, warps_tokens, 2)
+        if (
+            tile.warps <= 16
+            and warps_k <= problem.k_blocks
+            and (row_tiles == 1 or tokens > 8)
+            and (warps_tokens == 1 or tokens > 16)
+        ):
+            for filled, per_sm in _filled(tile, problem, shared_limit):
+                estimates[filled] = clocks(filled, problem, sms, per_sm)
     best = sorted(estimates, key=lambda tile: estimates[tile])[:8]
     return [replace(tile, early=early) for early in (False, True) for tile in best]
 
@@ -151,6 +165,7 @@ def constants(tile: Tile, problem: Problem, dtype: torch.dtype, shared_limit: in
         "warps_rows": tile.warps_rows,
         "row_tiles": tile.row_tiles,
         "warps_k": tile.warps_k,
+        "warps_tokens": tile.warps_tokens,
         "stages": tile.stages,
         "early": tile.early,
         "window": max(1, WINDOW_BYTES // weight_bytes(tile, problem)),

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
     const Shared<C, Shape> shared{shared_address(dynamic_shared)};
     const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     Tiles<C, Shape> tiles(M, N);
+    const unsigned base = unknown_constant(Pairs<T>::base);
 
     shared.init_together();
     if (warpgroup == C::consumers) {
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
 #pragma unroll
                             for (int r = 0; r < 4; ++r) {
                                 const unsigned codes = codes_of_step(planes.words[slab][i % 2 * 2 + r % 2], first + i / 2);
-                                a[slab][i][r] = centered_pair<T>(codes, r / 2, zeros[slab][r % 2]);
+                                a[slab][i][r] = centered_pair<T>(codes, r / 2, zeros[slab][r % 2], base);
                                 if constexpr (C::grouped) a[slab][i][r] = Pairs<T>::multiply(a[slab][i][r], scales[slab][r % 2]);
                             }
                             wgmma_fence_registers(a[slab][i]);  // made before the turn comes

@@ -32,34 +32,15 @@ template <> struct Pairs<bf16_t> {
 // base + zero, twice: what `centered_pair` subtracts
 template <class T> __device__ inline unsigned zero_pair(int zero) { return Pairs<T>::base + unsigned(zero) * 0x10001u; }
 
-// Bytes 0 and 1 (half 0) or 2 and 3 (half 1) of four codes
-template <class T> __device__ inline unsigned centered_pair(unsigned codes, int half, unsigned zero) {
-    return Pairs<T>::subtract(__byte_perm(codes, Pairs<T>::base, half ? 0x5352 : 0x5150), zero);
-}
-// The same, with a second byte of each code
-__device__ inline unsigned centered_pair_of_wide(unsigned low, unsigned high, int half, unsigned zero) {
-    return Pairs<half_t>::subtract(__byte_perm(low, high, half ? 0x7362 : 0x5140) | Pairs<half_t>::base, zero);
+// A constant that the compiler does not know: of two in one instruction, it would load one anew every time
+__device__ inline unsigned unknown_constant(unsigned constant) { return constant + (blockDim.z - 1); }
+
+// base + bytes 0 and 1 (half 0) or 2 and 3 (half 1)
+__device__ inline unsigned pair_of_bytes(unsigned bytes, int half, unsigned base) {
+    return __byte_perm(bytes, base, half ? 0x5352 : 0x5150);
 }
 
-__device__ inline unsigned bf16_pair(unsigned pair) {  // of a pair of fp16
-    const float low = to_float(half_t{(unsigned short)pair}), high = to_float(half_t{(unsigned short)(pair >> 16)});
-    unsigned result;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    return result;
+// Two of four codes, centered; base: `unknown_constant(Pairs<T>::base)`
+template <class T> __device__ inline unsigned centered_pair(unsigned codes, int half, unsigned zero, unsigned base) {
+    return Pairs<T>::subtract(pair_of_bytes(codes, half, base), zero);
 }
-
-// Pairs of T of codes of up to nine planes, of which `ninth` has the bytes of the last. Eight are too many for bf16 itself: such
-// codes are centered in fp16, and |q - z| up to 256 is exact in bf16, too.
-template <class T, int planes> struct Centered {
-    using In = typename Either<(1 << planes) - 1 <= Pairs<T>::most, T, half_t>::type;
-    static __device__ unsigned zero(int z) { return zero_pair<In>(z); }
-    static __device__ unsigned pair(unsigned codes, unsigned ninth, int half, unsigned zero) {
-        unsigned result;
-        if constexpr (planes > 8)
-            result = centered_pair_of_wide(codes, ninth, half, zero);
-        else
-            result = centered_pair<In>(codes, half, zero);
-        if constexpr (Pairs<T>::most < Pairs<In>::most) result = bf16_pair(result);
-        return result;
-    }
-};
