@@ -1,4 +1,4 @@
-"""Product for few tokens of 16-bit floats on `mma.sync`, for every GPU from sm_80 on. Kernel: `src/gemm_mma_f16.cuh`."""
+"""Product for few tokens of 16-bit floats on `mma.sync`, on GPUs from sm_80 on. Kernel: `src/gemm_mma_f16.cuh`."""
 
 from __future__ import annotations
 
