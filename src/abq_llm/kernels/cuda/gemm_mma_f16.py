@@ -17,6 +17,7 @@ from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.problem import WORD, Problem, groups_in_block
 
 MAX_TOKENS = 64  # of a block
+MAX_WARPS = 16  # of a block
 # Bytes of an SM that may be under way before x is here: see `decode.WINDOW_BYTES`
 WINDOW_BYTES = 32 * 1024
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
@@ -32,7 +33,6 @@ class Tile:
     warps_k: int  # slices of the columns, with warps of their own
     warps_tokens: int  # parts of the tokens, likewise
     stages: int  # of the queue: `warps_k` k-blocks each
-    early: bool = False  # the next kernel's weights may come before this one's x
 
     @property
     def block_row_tiles(self) -> int:
@@ -116,22 +116,22 @@ def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
     """At most 16 tiles worth a measurement, the most promising first."""
     widest = min(MAX_TOKENS, 1 << (problem.m - 1).bit_length())
     shares = sorted({-(-problem.row_tiles // (sms * i)) for i in range(1, 129)})  # row tiles of a block
-    shares = [share for share in shares if share <= 16]
+    shares = [share for share in shares if share <= MAX_WARPS]
+    slices = sorted({-(-problem.k_blocks // rounds) for rounds in range(1, problem.k_blocks + 1)})
+    slices = [count for count in slices if count <= MAX_WARPS]
     estimates: dict[Tile, float] = {}
     sizes = {widest, max(8, widest // 2)} if widest > 8 else {widest}
-    shapes = sorted(sizes), shares, (1, 2), (1, 2, 4, 8, 16), (1, 2)
+    shapes = sorted(sizes), shares, (1, 2), slices, (1, 2)
     for tokens, share, row_tiles, warps_k, warps_tokens in itertools.product(*shapes):
         tile = Tile(tokens, -(-share // row_tiles), row_tiles, warps_k, warps_tokens, 2)
         if (
-            tile.warps <= 16
-            and warps_k <= problem.k_blocks
+            tile.warps <= MAX_WARPS
             and (row_tiles == 1 or tokens > 8)
             and (warps_tokens == 1 or tokens > 16)
         ):
             for filled, per_sm in _filled(tile, problem, shared_limit):
                 estimates[filled] = clocks(filled, problem, sms, per_sm)
-    best = sorted(estimates, key=lambda tile: estimates[tile])[:8]
-    return [replace(tile, early=early) for early in (False, True) for tile in best]
+    return sorted(estimates, key=lambda tile: estimates[tile])[:16]
 
 
 def _filled(tile: Tile, problem: Problem, shared_limit: int) -> list[tuple[Tile, int]]:
@@ -167,7 +167,7 @@ def constants(tile: Tile, problem: Problem, dtype: torch.dtype, shared_limit: in
         "warps_k": tile.warps_k,
         "warps_tokens": tile.warps_tokens,
         "stages": tile.stages,
-        "early": tile.early,
+        "programmatic": True,
         "window": max(1, WINDOW_BYTES // weight_bytes(tile, problem)),
         "resident": per_sm,
         "shared_bytes": shared_bytes(tile, problem),

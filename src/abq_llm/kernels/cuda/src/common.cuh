@@ -68,6 +68,8 @@ template <int pending> __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+__device__ inline void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Whether a copy engine fills shared memory (bulk.cuh)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool has_bulk_copies = true;

@@ -14,12 +14,12 @@
 // wants 2t, 2t+1, 2t+8, 2t+9 of it. The order of columns is free as long as both have the same: so has x, by loads of four
 // neighbours.
 //
-// From sm_90 on two warps more fill the queue by the copy engine: one copies weights, as `decode_queue.cuh` does, and the other
-// x, which alone has to wait for the kernel before. Elsewhere all warps copy.
+// From sm_90 on two warps more fill the queue. One copies weights: planes by the copy engine, as `decode_queue.cuh` does. The
+// other copies x, and it alone waits for the kernel before. Elsewhere all warps copy. Copies of less than some KiB are made by
+// the lanes: a warp starts one at a time on the copy engine, and takes long.
 //
 //   C::tokens       of a block; 8 n, or 1, 2, 4
 //   C::window       stages of weights under way before any has come
-//   C::early        the next kernel may start, and read its weights, before x is here
 //   C::full_blocks  k-blocks have no columns but those of x
 #pragma once
 #include "epilogue.cuh"
@@ -34,27 +34,38 @@ template <class C> struct MmaF16Source {
     int K, k_blocks, groups, padded_rows, first_tile, tiles, first_token, tokens;
 
     __device__ int slices(int kb) const { return min(C::warps_k, k_blocks - kb); }
-    __device__ int weight_bytes(int kb) const { return slices(kb) * tiles * (G::plane_bytes + 80 * G::slots); }
-    __device__ int token_bytes(int kb) const { return min(C::warps_k * 256, K - kb * 256) * 2; }
+    __device__ int plane_bytes(int kb) const { return slices(kb) * tiles * G::plane_bytes; }
 
-    // The pieces of a stage from k-block kb on, those that are worker's: `copy(to, from, bytes)`
-    template <class Copy> __device__ void copy_weights(unsigned char* stage, int kb, int worker, int workers, Copy copy) const {
+    // Those parts of a stage from k-block kb on that are worker's. Planes come in few pieces: `copy(to, from, bytes)`
+    template <class Copy> __device__ void copy_planes(unsigned char* stage, int kb, int worker, int workers, Copy copy) const {
         for (int i = worker; i < tiles; i += workers) {
             copy(stage + i * C::warps_k * G::plane_bytes, weight + ((long long)(first_tile + i) * k_blocks + kb) * G::plane_bytes,
                  slices(kb) * G::plane_bytes);
         }
-        if constexpr (C::grouped) {
-            for (int i = worker; i < slices(kb) * G::slots; i += workers) {
-                const int group = min(8 * (kb + i / G::slots) / C::group_words + i % G::slots, groups - 1);
-                const long long from = (long long)group * padded_rows + first_tile * 16;
-                copy(stage + G::scale_offset + i * G::rows * 4, scale + from, tiles * 64);
-                copy(stage + G::zero_offset + i * G::rows, zero + from, tiles * 16);
-            }
+    }
+    // Scales and zero points, 16 bytes a time: four and one of a row tile
+    __device__ void copy_tables(unsigned char* stage, int kb, int worker, int workers) const {
+        for (int i = worker; i < slices(kb) * G::slots * G::row_tiles * 5; i += workers) {
+            const int place = i / (5 * G::row_tiles), tile = i / 5 % G::row_tiles, part = i % 5, row = place * G::rows + tile * 16;
+            const int group = min(8 * (kb + place / G::slots) / C::group_words + place % G::slots, groups - 1);
+            const long long from = (long long)group * padded_rows + (first_tile + tile) * 16;
+            if (tile >= tiles) continue;
+            if (part < 4)
+                copy_async_16(stage + G::scale_offset + (row + 4 * part) * 4, scale + from + 4 * part);
+            else
+                copy_async_16(stage + G::zero_offset + row, zero + from);
         }
     }
-    template <class Copy> __device__ void copy_tokens(unsigned char* stage, int kb, int worker, int workers, Copy copy) const {
-        for (int i = worker; i < tokens; i += workers) {
-            copy(stage + G::x_offset + i * G::x_pitch, x + ((long long)(first_token + i) * K + kb * 256) * 2, token_bytes(kb));
+    // Rows of x, one warp each
+    __device__ void copy_tokens(unsigned char* stage, int kb, int warp, int warps) const {
+        const int at = threadIdx.x % 32 * 16, bytes = min(C::warps_k * 256, K - kb * 256) * 2;
+#pragma unroll 4
+        for (int i = warp; i < tokens; i += warps) {
+            const unsigned char* from = x + ((long long)(first_token + i) * K + kb * 256) * 2 + at;
+            unsigned char* to = stage + G::x_offset + i * G::x_pitch + at;
+#pragma unroll
+            for (int slice = 0; slice < C::warps_k; slice++)
+                if (at + slice * 512 < bytes) copy_async_16(to + slice * 512, from + slice * 512);
         }
     }
 };
@@ -83,8 +94,8 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
         if (threadIdx.x == 0) {
 #pragma unroll
             for (int stage = 0; stage < C::stages; stage++) {
-                barrier_init(weights_full(stage), 1);
-                barrier_init(tokens_full(stage), 1);
+                barrier_init(weights_full(stage), C::grouped ? 33 : 1);  // a warp's copies, and the copy engine's
+                barrier_init(tokens_full(stage), 32);
                 barrier_init(empty(stage), G::warps);
             }
             barrier_init_fence();
@@ -97,38 +108,42 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
                 barrier_wait<false>(empty(place.index), place.parity ^ 1);
                 if (step >= C::window && step < C::stages) barrier_wait<false>(weights_full(step - C::window), 0);
                 const unsigned full = weights_full(place.index);
-                if (lane == 0) barrier_arrive_expecting(full, source.weight_bytes(kb));
+                unsigned char* stage = shared + place.index * G::stage_bytes;
+                if (lane == 0) barrier_arrive_expecting(full, source.plane_bytes(kb));
                 __syncwarp();
-                source.copy_weights(shared + place.index * G::stage_bytes, kb, lane, 32, [&](void* to, const void* from, int bytes) {
+                source.copy_planes(stage, kb, lane, 32, [&](void* to, const void* from, int bytes) {
                     bulk_copy(shared_address(to), from, bytes, full);
                 });
+                if constexpr (C::grouped) {
+                    source.copy_tables(stage, kb, lane, 32);
+                    copy_async_arrive(full);
+                }
             }
+            // Not before: the next kernel's weights would compete with these
+            if constexpr (C::programmatic) grid_dependency_launch();
+            copy_async_wait_all();
             return;
         }
         if (warp == G::warps + 1) {
-            if constexpr (C::early) grid_dependency_launch();
-            grid_dependency_wait();
-            if constexpr (!C::early) grid_dependency_launch();
+            if constexpr (C::programmatic) grid_dependency_wait();
             Place<C::stages> place;
             for (int kb = 0; kb < k_blocks; kb += C::warps_k, place.advance()) {
                 barrier_wait<false>(empty(place.index), place.parity ^ 1);
-                const unsigned full = tokens_full(place.index);
-                if (lane == 0) barrier_arrive_expecting(full, source.tokens * source.token_bytes(kb));
-                __syncwarp();
-                source.copy_tokens(shared + place.index * G::stage_bytes, kb, lane, 32, [&](void* to, const void* from, int bytes) {
-                    bulk_copy(shared_address(to), from, bytes, full);
-                });
+                source.copy_tokens(shared + place.index * G::stage_bytes, kb, 0, 1);
+                copy_async_arrive(tokens_full(place.index));
             }
+            copy_async_wait_all();
             return;
         }
     }
     auto copy_stage = [&](int stage, int kb) {  // where there is no copy engine
         if (kb < k_blocks) {
-            auto copy = [&](unsigned char* to, const void* from, int bytes) {
-                for (int i = lane * 16; i < bytes; i += 512) copy_async_16(to + i, static_cast<const unsigned char*>(from) + i);
-            };
-            source.copy_weights(shared + stage * G::stage_bytes, kb, warp, G::warps, copy);
-            source.copy_tokens(shared + stage * G::stage_bytes, kb, warp, G::warps, copy);
+            unsigned char* to = shared + stage * G::stage_bytes;
+            source.copy_planes(to, kb, warp, G::warps, [&](unsigned char* to, const unsigned char* from, int bytes) {
+                for (int i = lane * 16; i < bytes; i += 512) copy_async_16(to + i, from + i);
+            });
+            if constexpr (C::grouped) source.copy_tables(to, kb, threadIdx.x, G::threads);
+            source.copy_tokens(to, kb, warp, G::warps);
         }
         copy_async_commit();
     };
@@ -180,7 +195,7 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
     }
 
     // Sums change places: a lane holds rows g, g + 8 of tokens 2t, 2t + 1, the output wants neighbouring rows of one token
-    if constexpr (!has_bulk_copies) copy_async_wait<0>();
+    if constexpr (!has_bulk_copies) copy_async_wait_all();
     named_barrier(1, 32 * G::warps);
     float* exchanged = reinterpret_cast<float*>(shared);
 #pragma unroll
