@@ -151,10 +151,10 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
     share = -(-problem.row_tiles // sms) * problem.k_blocks * block_bytes(problem)  # bytes of an SM
     # Two blocks begin and end at different times, but each quantizes x; one may leave room for the next kernel's
     fuses = problem.m * problem.k_blocks <= FUSED_BLOCKS
-    few_rows = problem.m == 1 and problem.row_tiles <= 2 * sms
-    one = 2 * share <= shared_limit and not few_rows
-    one |= fuses and problem.m * problem.k_blocks > FUSED_TWICE_BLOCKS
-    warps = 16 if fuses and problem.m <= 2 and not few_rows else 8
+    little = problem.m * problem.k_blocks <= FUSED_TWICE_BLOCKS
+    small = little and problem.row_tiles <= 2 * sms
+    one = (2 * share <= shared_limit and not (small and problem.m == 1)) or (fuses and not little)
+    warps = 16 if fuses and problem.m <= 2 and not small else 8
 
     def preference(tile: Tile) -> tuple[float, ...]:
         steps = tile.rounds(problem, sms) * tile.x_blocks(problem)
@@ -169,7 +169,7 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
             tile.warps == warps,
             tile.warps,
             -abs(tile.stages - steps - 1),
-            -tile.stages,
+            tile.stages if small else -tile.stages,
             not tile.early,
         )
 
