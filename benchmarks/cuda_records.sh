@@ -7,7 +7,8 @@
 # others may run on another GPU meanwhile.
 # In the environment, all optional: JOBS, processes that compile (default: the cores, at most 14); CUTLASS, the library of
 # benchmarks/cutlass/build.sh; COMMIT, where there is no git history; and MODEL, TEXT, CALIB for the perplexity beside the
-# reference's (files of text; without MODEL it is left out). Rivals that are not installed are left out, with a line.
+# reference's (files of text; without MODEL it is left out); CASE_SECONDS, to draw cases no longer. Rivals that are not installed are left
+# out, with a line.
 set -u
 out=$1
 shift
@@ -34,7 +35,7 @@ bench() { # NAME OPTION...
 
 set -f # a * is part of a scheme
 if wanted correctness; then
-    record cuda_correctness python benchmarks/cuda_correctness.py --cases 3000 --jobs "$jobs" $commit --out
+    record cuda_correctness python benchmarks/cuda_correctness.py --cases 3000 --seconds "${CASE_SECONDS:-1e9}" --jobs "$jobs" $commit --out
 fi
 if wanted kernels; then
     bench kernels_7b --model-shapes 7b --rival torch $cutlass
