@@ -137,13 +137,18 @@ def test_quantize(arch, launched):
 
 
 @pytest.mark.parametrize("arch", GPUS)
-def test_quantize_many_tokens(arch, launched):
+def test_quantize_many_tokens(arch, launched, monkeypatch):
+    monkeypatch.setattr(activations, "gpu", lambda index: GPUS[arch])
     x, shape = torch.zeros(1024, 4096, dtype=HALF), problem(1024, 2)
     grouped = problem(1024, 2, bits=5, group_size=33)
     activations.quantize(x, shape, activations.BYTES)
     activations.quantize(x, grouped, activations.BYTES, group_sums=True, prologue=activations.RMS_NORM, other=x[0])
     activations.quantize(x.bfloat16(), problem(1024, 2, bits=2), activations.PLANE_BYTES)
+    wide = replace(shape, k=28672)
+    activations.quantize(torch.zeros(1024, wide.k, dtype=HALF), wide, activations.BYTES)
     assert {stem for stem, _ in launched} == {"quantize_tiles"}
+    large = GPUS[arch].shared_limit > 128 * KIB
+    assert [constants["kept"] for _, constants in launched] == [True, large, True, False]
     for stem, constants in launched:
         compiled(stem, constants, arch)
 

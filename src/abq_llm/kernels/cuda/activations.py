@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from abq_llm.kernels.cuda import jit, launch
+from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.problem import BLOCK, Problem
 
 MANY_TOKENS = 1024  # tiles of 8 that fill a GPU
 GROUP_TOTALS_LIMIT = 24 * 1024  # bytes of shared memory for a tile's sums over groups
+BUFFER_BYTES = 16 * 1024  # of shared memory for a tile's codes on their way out, at most
 FEW_TOKENS = 64  # blocks, one a token, that leave room for larger ones
 TYPE_NAMES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 FRAGMENTS, BYTES, PLANE_BYTES = 0, 1, 2  # layouts, as in the kernel
@@ -79,8 +81,12 @@ def quantize(
         **problem.columns(),
     }
     unpadded = problem.group_size == problem.group_padded
+    shared = 4 * problem.groups * (8 if many else 1) if group_sums else 0
     if many:
-        constants |= {"blocks": 4, "whole": unpadded and problem.k % BLOCK == 0}
+        tile_bytes = 8 * BLOCK * k_blocks * x.element_size()
+        kept = tile_bytes + shared + BUFFER_BYTES <= gpu(x.get_device()).shared_limit
+        shared += tile_bytes if kept else 0
+        constants |= {"blocks": 4, "kept": kept, "whole": unpadded and problem.k % BLOCK == 0}
     else:
         whole = unpadded and problem.k == 8 * threads * held
         constants |= {"columns": columns_per_token(bits), "threads": threads, "held": held, "whole": whole}
@@ -95,7 +101,7 @@ def quantize(
             *(x, other, float(epsilon), out.codes, out.scale, out.zero, sums, groups),
             *(m, problem.k, k_blocks, tiles, problem.groups),
         ],
-        shared_bytes=4 * problem.groups * (8 if many else 1) if group_sums else 0,
+        shared_bytes=shared,
         programmatic=True,
     )
     return out

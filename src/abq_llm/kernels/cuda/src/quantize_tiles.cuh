@@ -1,8 +1,8 @@
 // Per-token quantization for many tokens: one block of threads a tile of 8 tokens, each of them a warp's.
 //
 // `quantize` in quantize.cuh keeps a token in registers and writes its codes as they come, 16 bytes a line. Here the codes of
-// C::blocks k-blocks of all 8 tokens meet in shared memory and leave as whole lines of 128 bytes. A warp reads its token
-// twice, the second time from a cache.
+// C::blocks k-blocks of all 8 tokens meet in shared memory and leave as whole lines of 128 bytes. A warp looks at its token
+// twice. With C::kept it is in shared memory the second time, else in a cache, unless it has become too large for that.
 //
 //   C::layout   1  bytes, or 2  plane bytes: see quantize.cuh. Both are lines [k-block][line][tiles][8 tokens][16 bytes].
 #pragma once
@@ -15,7 +15,8 @@ template <class C> __global__ void __launch_bounds__(256) quantize_tiles(
     using T = typename C::T;
     constexpr int lines = C::layout == 1 ? 16 : 2 * C::bits;  // of a k-block
     __shared__ __align__(16) unsigned char buffer[2][C::blocks][lines][8][16];
-    extern __shared__ int group_totals[];  // [8][groups], if they are asked for
+    extern __shared__ uint4 dynamic[];  // kept values [8 tokens][k-blocks][2][32 lanes], if any, then:
+    int* group_totals = reinterpret_cast<int*>(reinterpret_cast<Quad<T>*>(dynamic) + (C::kept ? 8 * 64 * k_blocks : 0));  // [8][groups]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x, token = tile * 8 + warp;
     const long long row = (long long)min(token, tokens - 1) * columns;  // tokens that are not there repeat the last one
     if constexpr (C::group_sums)
@@ -61,25 +62,34 @@ template <class C> __global__ void __launch_bounds__(256) quantize_tiles(
     Range<T> range;
     Quad<T> quad[C::blocks][2], next[C::blocks][2];
     load(next, 0);
+    Quad<T>* kept = reinterpret_cast<Quad<T>*>(dynamic) + warp * 64 * k_blocks + lane;
     for (int first = 0; first < k_blocks; first += C::blocks) {
 #pragma unroll
         for (int b = 0; b < C::blocks; b++) quad[b][0] = next[b][0], quad[b][1] = next[b][1];
         load(next, first + C::blocks);
 #pragma unroll
-        for (int b = 0; b < C::blocks; b++) range.add(quad[b][0]), range.add(quad[b][1]);
+        for (int b = 0; b < C::blocks; b++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                range.add(quad[b][h]);
+                if (C::kept && first + b < k_blocks) kept[(2 * (first + b) + h) * 32] = quad[b][h];
+            }
     }
     const Grid grid = choose_grid<C::bits, C::symmetric>(-warp_max(range.lo()), warp_max(range.hi()));
 
     int sum = 0, parity = 0;
-    load(next, 0);
+    if constexpr (!C::kept) load(next, 0);
     for (int first = 0; first < k_blocks; first += C::blocks, parity ^= 1) {
+        if constexpr (!C::kept) {
 #pragma unroll
-        for (int b = 0; b < C::blocks; b++) quad[b][0] = next[b][0], quad[b][1] = next[b][1];
-        load(next, first + C::blocks);
+            for (int b = 0; b < C::blocks; b++) quad[b][0] = next[b][0], quad[b][1] = next[b][1];
+            load(next, first + C::blocks);
+        }
 #pragma unroll
         for (int b = 0; b < C::blocks; b++) {
             const int kb = first + b;
             if (kb >= k_blocks) break;
+            if constexpr (C::kept) quad[b][0] = kept[2 * kb * 32], quad[b][1] = kept[(2 * kb + 1) * 32];
             unsigned word[2];
 #pragma unroll
             for (int h = 0; h < 2; h++) word[h] = codes_of<C::bits>(quad[b][h], source(kb, h), grid);
