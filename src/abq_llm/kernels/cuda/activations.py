@@ -14,7 +14,9 @@ from abq_llm.kernels.cuda.problem import BLOCK, Problem
 MANY_TOKENS = 1024  # tiles of 8 that fill a GPU
 GROUP_TOTALS_LIMIT = 24 * 1024  # bytes of shared memory for a tile's sums over groups
 PARTS = 2  # warps that share a token of a tile, with 4 k-blocks at a time
-BUFFER_BYTES = 17 * 1024  # of shared memory for a tile's codes on their way out, at most, and what its warps tell each other
+BUFFER_BYTES = (
+    17 * 1024
+)  # of shared memory for a tile's codes on their way out, at most, and what its warps tell each other
 FEW_TOKENS = 64  # blocks, one a token, that leave room for larger ones
 TYPE_NAMES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 FRAGMENTS, BYTES, PLANE_BYTES = 0, 1, 2  # layouts, as in the kernel

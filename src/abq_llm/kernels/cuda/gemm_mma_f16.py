@@ -124,11 +124,7 @@ def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
     shapes = sorted(sizes), shares, (1, 2), slices, (1, 2)
     for tokens, share, row_tiles, warps_k, warps_tokens in itertools.product(*shapes):
         tile = Tile(tokens, -(-share // row_tiles), row_tiles, warps_k, warps_tokens, 2)
-        if (
-            tile.warps <= MAX_WARPS
-            and (row_tiles == 1 or tokens > 8)
-            and (warps_tokens == 1 or tokens > 16)
-        ):
+        if tile.warps <= MAX_WARPS and (row_tiles == 1 or tokens > 8) and (warps_tokens == 1 or tokens > 16):
             for filled, per_sm in _filled(tile, problem, shared_limit):
                 estimates[filled] = clocks(filled, problem, sms, per_sm)
     return sorted(estimates, key=lambda tile: estimates[tile])[:16]
