@@ -119,7 +119,6 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
                     copy_async_arrive(full);
                 }
             }
-            // Not before: the next kernel's weights would compete with these
             if constexpr (C::programmatic) grid_dependency_launch();
             copy_async_wait_all();
             return;
@@ -132,6 +131,7 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
                 source.copy_tokens(shared + place.index * G::stage_bytes, kb, 0, 1);
                 copy_async_arrive(tokens_full(place.index));
             }
+            if constexpr (C::programmatic) grid_dependency_launch();
             copy_async_wait_all();
             return;
         }
@@ -173,6 +173,8 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
 
     Place<C::stages> place;
     for (int kb = 0; kb < k_blocks; kb += C::warps_k, place.advance()) {
+        // When all weights are on their way: before, the next kernel's would compete with them
+        if (C::programmatic && kb + C::stages * C::warps_k >= k_blocks) grid_dependency_launch();
         if constexpr (has_bulk_copies) {
             barrier_wait<false>(weights_full(place.index), place.parity);
         } else {
