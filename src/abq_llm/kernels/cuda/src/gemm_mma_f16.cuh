@@ -14,9 +14,8 @@
 // wants 2t, 2t+1, 2t+8, 2t+9 of it. The order of columns is free as long as both have the same: so has x, by loads of four
 // neighbours.
 //
-// From sm_90 on two warps more fill the queue. One copies weights: planes by the copy engine, as `decode_queue.cuh` does. The
-// other copies x, and it alone waits for the kernel before. Elsewhere all warps copy. Copies of less than some KiB are made by
-// the lanes: a warp starts one at a time on the copy engine, and takes long.
+// From sm_90 on two warps more fill the queue by the copy engine, but for the small tables of groups. One copies weights, as
+// `decode_queue.cuh` does, the other x, and it alone waits for the kernel before. Elsewhere all warps copy.
 //
 //   C::tokens       of a block; 8 n, or 1, 2, 4
 //   C::window       stages of weights under way before any has come
@@ -35,8 +34,9 @@ template <class C> struct MmaF16Source {
 
     __device__ int slices(int kb) const { return min(C::warps_k, k_blocks - kb); }
     __device__ int plane_bytes(int kb) const { return slices(kb) * tiles * G::plane_bytes; }
+    __device__ int token_bytes(int kb) const { return min(C::warps_k * 256, K - kb * 256) * 2; }
 
-    // Those parts of a stage from k-block kb on that are worker's. Planes come in few pieces: `copy(to, from, bytes)`
+    // Those pieces of a stage from k-block kb on that are worker's: `copy(to, from, bytes)`
     template <class Copy> __device__ void copy_planes(unsigned char* stage, int kb, int worker, int workers, Copy copy) const {
         for (int i = worker; i < tiles; i += workers) {
             copy(stage + i * C::warps_k * G::plane_bytes, weight + ((long long)(first_tile + i) * k_blocks + kb) * G::plane_bytes,
@@ -56,16 +56,10 @@ template <class C> struct MmaF16Source {
                 copy_async_16(stage + G::zero_offset + row, zero + from);
         }
     }
-    // Rows of x, one warp each
-    __device__ void copy_tokens(unsigned char* stage, int kb, int warp, int warps) const {
-        const int at = threadIdx.x % 32 * 16, bytes = min(C::warps_k * 256, K - kb * 256) * 2;
-#pragma unroll 4
-        for (int i = warp; i < tokens; i += warps) {
-            const unsigned char* from = x + ((long long)(first_token + i) * K + kb * 256) * 2 + at;
-            unsigned char* to = stage + G::x_offset + i * G::x_pitch + at;
-#pragma unroll
-            for (int slice = 0; slice < C::warps_k; slice++)
-                if (at + slice * 512 < bytes) copy_async_16(to + slice * 512, from + slice * 512);
+    // Rows of x
+    template <class Copy> __device__ void copy_tokens(unsigned char* stage, int kb, int worker, int workers, Copy copy) const {
+        for (int i = worker; i < tokens; i += workers) {
+            copy(stage + G::x_offset + i * G::x_pitch, x + ((long long)(first_token + i) * K + kb * 256) * 2, token_bytes(kb));
         }
     }
 };
@@ -90,12 +84,16 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
     const MmaF16Source<C> source{weight, x, w_scale, static_cast<const unsigned char*>(w_zero), K, k_blocks, groups,
                                  16 * row_tiles, first_tile, tiles, first_token, min(C::tokens, M - first_token)};
 
+    if constexpr (C::programmatic) grid_dependency_launch();
     if constexpr (has_bulk_copies) {
+        auto by_copy_engine = [](unsigned barrier) {
+            return [barrier](void* to, const void* from, int bytes) { bulk_copy(shared_address(to), from, bytes, barrier); };
+        };
         if (threadIdx.x == 0) {
 #pragma unroll
             for (int stage = 0; stage < C::stages; stage++) {
                 barrier_init(weights_full(stage), C::grouped ? 33 : 1);  // a warp's copies, and the copy engine's
-                barrier_init(tokens_full(stage), 32);
+                barrier_init(tokens_full(stage), 1);
                 barrier_init(empty(stage), G::warps);
             }
             barrier_init_fence();
@@ -111,15 +109,12 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
                 unsigned char* stage = shared + place.index * G::stage_bytes;
                 if (lane == 0) barrier_arrive_expecting(full, source.plane_bytes(kb));
                 __syncwarp();
-                source.copy_planes(stage, kb, lane, 32, [&](void* to, const void* from, int bytes) {
-                    bulk_copy(shared_address(to), from, bytes, full);
-                });
+                source.copy_planes(stage, kb, lane, 32, by_copy_engine(full));
                 if constexpr (C::grouped) {
                     source.copy_tables(stage, kb, lane, 32);
                     copy_async_arrive(full);
                 }
             }
-            if constexpr (C::programmatic) grid_dependency_launch();
             copy_async_wait_all();
             return;
         }
@@ -128,22 +123,23 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
             Place<C::stages> place;
             for (int kb = 0; kb < k_blocks; kb += C::warps_k, place.advance()) {
                 barrier_wait<false>(empty(place.index), place.parity ^ 1);
-                source.copy_tokens(shared + place.index * G::stage_bytes, kb, 0, 1);
-                copy_async_arrive(tokens_full(place.index));
+                const unsigned full = tokens_full(place.index);
+                if (lane == 0) barrier_arrive_expecting(full, source.tokens * source.token_bytes(kb));
+                __syncwarp();
+                source.copy_tokens(shared + place.index * G::stage_bytes, kb, lane, 32, by_copy_engine(full));
             }
-            if constexpr (C::programmatic) grid_dependency_launch();
-            copy_async_wait_all();
             return;
         }
     }
     auto copy_stage = [&](int stage, int kb) {  // where there is no copy engine
         if (kb < k_blocks) {
             unsigned char* to = shared + stage * G::stage_bytes;
-            source.copy_planes(to, kb, warp, G::warps, [&](unsigned char* to, const unsigned char* from, int bytes) {
+            auto by_lanes = [&](unsigned char* to, const unsigned char* from, int bytes) {
                 for (int i = lane * 16; i < bytes; i += 512) copy_async_16(to + i, from + i);
-            });
+            };
+            source.copy_planes(to, kb, warp, G::warps, by_lanes);
             if constexpr (C::grouped) source.copy_tables(to, kb, threadIdx.x, G::threads);
-            source.copy_tokens(to, kb, warp, G::warps);
+            source.copy_tokens(to, kb, warp, G::warps, by_lanes);
         }
         copy_async_commit();
     };
@@ -173,8 +169,6 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
 
     Place<C::stages> place;
     for (int kb = 0; kb < k_blocks; kb += C::warps_k, place.advance()) {
-        // When all weights are on their way: before, the next kernel's would compete with them
-        if (C::programmatic && kb + C::stages * C::warps_k >= k_blocks) grid_dependency_launch();
         if constexpr (has_bulk_copies) {
             barrier_wait<false>(weights_full(place.index), place.parity);
         } else {
