@@ -3,8 +3,8 @@
     python benchmarks/prefill_power.py --scheme W2A8 --scheme W8A8 --out benchmarks/results/prefill_power_h100.json
 
 For every scheme, and for fp16 and int8 by torch: a graph of products is replayed for some seconds, and nvidia-smi is
-asked for the clock of the multiprocessors and the power drawn. A clock below the highest at the highest power means that
-power bounds the product: then every instruction counts, even one that would fit beside the products.
+asked for the clock of the multiprocessors and the power drawn. A clock below the highest at the highest power means
+that power bounds the product: then every instruction counts, even one that would fit beside the products.
 """
 
 from __future__ import annotations
@@ -88,12 +88,8 @@ def main() -> None:
         "torch-int8": lambda: torch._int_mm(codes, weight.t()),
     }
     for name in args.scheme:
-        scheme = Scheme.parse(name)
-        backend = kernels.choose_backend("cuda", device)
-        prepared = backend.prepare(random_weight(n, k, scheme, device), scheme, k)
-        calls[name] = lambda prepared=prepared, scheme=scheme, backend=backend: backend.linear(
-            x, prepared, None, scheme
-        )
+        kernel = ours("cuda", Scheme.parse(name))
+        calls[name] = partial(kernel.linear, x, kernel.load(n, k, device).weight)
     highest_mhz, limit = ask("clocks.max.sm", "power.limit")
     rows = []
     for name, call in calls.items():
