@@ -20,7 +20,7 @@ from abq_llm.kernels.cuda import (
 )
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
-from tests.kernels.cuda.sass import sass
+from tests.kernels.cuda.sass import overwritten_in_flight, sass
 
 KIB = 1024
 GPUS = {
@@ -213,10 +213,14 @@ def test_gemm_mma_f16_on_every_architecture(arch):
 @pytest.mark.parametrize("planes", range(1, 9))
 def test_gemm_wgmma(planes):
     gpu = GPUS["sm_90a"]
-    tile = gemm_wgmma.choose(2048, 4096, 16, planes, gpu.sms)
-    constants = gemm_wgmma.constants(tile, planes, HALF, programmatic=True)
-    found = instructions(compiled("gemm_wgmma", constants, "sm_90a"))
-    assert has(found, "IGMMA") and not has(found, "IMMA")
+    for n in (4096, 11008):  # whole tiles, and some that are cut
+        tile = gemm_wgmma.choose(2048, n, 16, planes, gpu.sms)
+        constants = gemm_wgmma.constants(tile, planes, HALF, programmatic=True)
+        cubin = compiled("gemm_wgmma", constants, "sm_90a")
+        found = instructions(cubin)
+        assert has(found, "IGMMA") and not has(found, "IMMA")
+        assert not (has(found, "STL") or has(found, "LDL"))
+        assert not overwritten_in_flight(sass(cubin))
 
 
 @pytest.mark.parametrize(
@@ -225,8 +229,10 @@ def test_gemm_wgmma(planes):
 def test_gemm_wgmma_of_groups(planes, group_words, dtype):
     tile = gemm_wgmma.choose(2048, 4096, 16, planes, GPUS["sm_90a"].sms, group_words)
     constants = gemm_wgmma.constants(tile, planes, dtype, group_words=group_words, programmatic=True)
-    found = instructions(compiled("gemm_wgmma", constants, "sm_90a"))
-    assert has(found, "IGMMA") and not has(found, "I2F.S32")  # sums are read as floats
+    cubin = compiled("gemm_wgmma", constants, "sm_90a")
+    found = instructions(cubin)
+    assert has(found, "IGMMA") and not (has(found, "I2F.S32") or has(found, "I2FP"))  # sums are read as floats
+    assert not overwritten_in_flight(sass(cubin))
 
 
 @pytest.mark.parametrize(("planes", "x_planes"), [(2, 2), (1, 4), (7, 1)])

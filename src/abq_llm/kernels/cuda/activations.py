@@ -13,10 +13,8 @@ from abq_llm.kernels.cuda.problem import BLOCK, Problem
 
 MANY_TOKENS = 1024  # tiles of 8 that fill a GPU
 GROUP_TOTALS_LIMIT = 24 * 1024  # bytes of shared memory for a tile's sums over groups
-PARTS = 2  # warps that share a token of a tile, with 4 k-blocks at a time
-BUFFER_BYTES = (
-    17 * 1024
-)  # of shared memory for a tile's codes on their way out, at most, and what its warps tell each other
+AT_ONCE = 4  # k-blocks of a tile of 8 tokens
+BUFFER_BYTES = 17 * 1024  # of shared memory: a tile's codes on their way out, at most, and what its warps share
 FEW_TOKENS = 64  # blocks, one a token, that leave room for larger ones
 TYPE_NAMES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 FRAGMENTS, BYTES, PLANE_BYTES = 0, 1, 2  # layouts, as in the kernel
@@ -87,9 +85,12 @@ def quantize(
     shared = 4 * problem.groups * (8 if many else 1) if group_sums else 0
     if many:
         tile_bytes = 8 * BLOCK * k_blocks * x.element_size()
-        kept = tile_bytes + shared + BUFFER_BYTES <= gpu(x.get_device()).shared_limit
-        shared += tile_bytes if kept else 0
-        constants |= {"parts": PARTS, "blocks": 4 // PARTS, "kept": kept, "whole": unpadded and problem.k % BLOCK == 0}
+        needed, limit = tile_bytes + shared + BUFFER_BYTES, gpu(x.get_device()).shared_limit
+        shared += tile_bytes if needed <= limit else 0
+        parts = 2 if 2 * needed <= limit else 4  # few blocks of an SM have more warps
+        whole = unpadded and problem.k % BLOCK == 0
+        threads = 256 * parts
+        constants |= {"parts": parts, "blocks": AT_ONCE // parts, "kept": needed <= limit, "whole": whole}
     else:
         whole = unpadded and problem.k == 8 * threads * held
         constants |= {"columns": columns_per_token(bits), "threads": threads, "held": held, "whole": whole}
@@ -99,7 +100,7 @@ def quantize(
     launch.launch(
         kernel,
         (-(-m // 8) if many else m, 1, 1),
-        (256 * PARTS if many else threads, 1, 1),
+        (threads, 1, 1),
         [
             *(x, other, float(epsilon), out.codes, out.scale, out.zero, sums, groups),
             *(m, problem.k, k_blocks, tiles, problem.groups),

@@ -80,7 +80,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     words, limit = problem.group_words, gpu.shared_limit
     plans += [Plan("mma", tile) for tile in gemm_mma.candidates(m, n, blocks, planes, gpu.sms, words, grouped, limit)]
     if gpu.has_wgmma and m > 8 and _wgmma_takes(problem):
-        plans += [Plan("wgmma", tile) for tile in gemm_wgmma.candidates(m, planes, words)]
+        plans += [Plan("wgmma", tile) for tile in gemm_wgmma.candidates(m, n, planes, gpu.sms, words)]
         if not grouped and planes * problem.bits < 8:
             plans += [Plan("wgmma_b1", tile) for tile in gemm_wgmma.candidates_b1(m, planes, problem.bits)]
     return plans
