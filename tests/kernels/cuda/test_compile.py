@@ -82,7 +82,7 @@ def test_decode(planes):
 @pytest.mark.parametrize("planes", [2, 8])
 @pytest.mark.parametrize("arch", GPUS)
 def test_decode_on_every_architecture(arch, planes):
-    shapes = [problem(1, planes), problem(1, planes, group_size=64), problem(4, planes)]
+    shapes = [problem(1, planes), problem(1, planes, group_size=64), problem(4, planes, bits=16)]
     shapes = [replace(shape, k=1536) for shape in shapes]  # compiled faster
     cubins = [
         compiled("decode", decode_constants(decode.choose(s, GPUS[arch].sms, GPUS[arch].shared_limit), s), arch)
@@ -98,7 +98,7 @@ def test_decode_of_other_tiles_and_dtypes():
         (problem(1, 3, bits=2), bfloat16),
         (problem(16, 3), float32),
         (problem(3, 3, bits=5, group_size=96), bfloat16),
-        (problem(1, 3, group_size=33), float32),
+        (problem(1, 3, bits=16, group_size=33), float32),
     ):
         shape = replace(shape, k=1536)
         for tile in decode.candidates(shape, 132, 227 * KIB)[::60]:
@@ -128,10 +128,11 @@ def test_quantize(arch, launched):
     grouped = problem(3, 2, bits=5, group_size=33)
     rms_norm, silu_mul = activations.RMS_NORM, activations.SILU_MUL
     activations.quantize(x, shape, activations.FRAGMENTS)
+    activations.quantize(x, problem(3, 2, bits=16), activations.FRAGMENTS)
     activations.quantize(x, grouped, activations.BYTES, group_sums=True, prologue=rms_norm, other=x[0])
     activations.quantize(x.bfloat16(), shape, activations.BYTES, prologue=silu_mul, other=x)
     activations.quantize(x.float(), replace(problem(3, 2, bits=3), symmetric=True), activations.PLANE_BYTES)
-    assert {stem for stem, _ in launched} == {"quantize"} and len({str(constants) for _, constants in launched}) == 4
+    assert {stem for stem, _ in launched} == {"quantize"} and len({str(constants) for _, constants in launched}) == 5
     for stem, constants in launched:
         compiled(stem, constants, arch)
 

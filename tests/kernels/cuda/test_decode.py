@@ -3,7 +3,7 @@
 import pytest
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels.cuda import decode, gemm_mma, gemm_mma_f16, gemm_wgmma, gemm_wgmma_f16, plan
+from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, gemm_wgmma_f16, plan
 from abq_llm.kernels.cuda.activations import columns_per_token
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
@@ -18,7 +18,7 @@ GPUS = {
     120: Gpu(120, 170, 99 * 1024),
 }
 SMS, LIMIT = GPUS[90].sms, GPUS[90].shared_limit
-SCHEMES = ["W1A1", "W2A2", "W2*A8", "W3A5", "W8A8", "W8*A8", "W4A8g128", "W2A8g33", "W8*A4g32"]
+SCHEMES = ["W1A1", "W2A2", "W2*A8", "W3A5", "W8A8", "W8*A8", "W4A8g128", "W2A8g33", "W8*A4g32", "W1A16", "W4A16g32"]
 COLUMNS = [1, 256, 1000, 4096, 11008, 28672, 100_000]
 TOKENS = [1, 2, 7, 8, 16, 33, 64, 2048]
 
@@ -28,7 +28,7 @@ def problem(m, scheme, n=4096, k=4096):
 
 
 def problems():
-    return [problem(m, scheme, k=k) for scheme in (*SCHEMES, "W1A16", "W4A16g32") for k in COLUMNS for m in TOKENS]
+    return [problem(m, scheme, k=k) for scheme in SCHEMES for k in COLUMNS for m in TOKENS]
 
 
 def name(value):
@@ -43,8 +43,9 @@ def check_decode(tile, shape):
     config = decode.constants(tile, shape, "half_t", True, SMS)
     columns, tiles, x_blocks = config["columns"], config["tiles"], config["x_blocks"]
     tokens, threads = 8 * tiles // columns, 32 * tile.warps
-    assert columns >= shape.bits and columns in (2, 4, 8)
+    assert columns >= min(shape.bits, 16) and columns in (2, 4, 8, 16)
     assert tiles in (1, 2, 4, 8, 16) and 8 * tiles % columns == 0  # whole tokens
+    assert columns != 16 or tiles % 2 == 0  # a token of 16 bits takes two tiles
 
     # every warp's share of the columns; a pass has a thread for every output, or is of one tile
     assert x_blocks * tile.warps >= shape.k_blocks > (x_blocks - 1) * tile.warps
@@ -66,7 +67,8 @@ def check_decode(tile, shape):
     assert config["window"] >= 1
 
     assert not tile.fused or (shape.m <= 4 and shape.bits <= 8 and (shape.m > 1 or columns == 8))
-    assert config["Sum"] == ("float" if shape.group_size else "int")
+    assert config["in_floats"] == (shape.group_size > 0 or shape.bits == 16)
+    assert config["Sum"] == ("float" if config["in_floats"] else "int")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -89,7 +91,7 @@ def test_one_block_does_all_of_few_tokens(scheme):
     for m in (1, 2, 4, 8):
         shape = problem(m, scheme)
         (tiles,) = {tile.tiles for tile in decode.candidates(shape, SMS, LIMIT)}
-        if not shape.group_size:
+        if not shape.group_size and shape.bits < 16:
             assert 8 * tiles >= m * columns_per_token(shape.bits) > 8 * tiles // 2 - 8
 
 
@@ -100,6 +102,7 @@ def test_one_token_is_quantized_where_it_is_used():
             assert {tile.fused for tile in decode.candidates(shape, SMS, LIMIT)} == choices
             assert decode.choose(shape, SMS, LIMIT).fused == (m < 5)
     assert not decode.choose(problem(4, "W2A8", k=11008), SMS, LIMIT).fused  # too much for every block to do anew
+    assert not decode.choose(problem(1, "W2A16"), SMS, LIMIT).fused  # it has a scale for every k-block
 
 
 def test_activations_of_too_many_columns_fit_no_register_file():
@@ -137,9 +140,10 @@ def test_registers_grow_with_what_is_kept_in_them():
         (2048, "W2A2", {80: "mma", 89: "mma", 90: "wgmma_b1", 100: "mma"}),
         (2048, "W2A4", {90: "wgmma"}),  # eight pairs of planes: no gain over bytes
         (2048, "W2A2g128", {90: "wgmma"}),  # the binary product has no groups
-        (1, "W4A16", dict.fromkeys(GPUS, "mma_f16")),
-        (64, "W8*A16g64", dict.fromkeys(GPUS, "mma_f16")),
-        (65, "W4A16", {80: "dequantize", 90: "wgmma_f16", 120: "dequantize"}),
+        (1, "W4A16", dict.fromkeys(GPUS, "decode")),
+        (16, "W4A16g64", dict.fromkeys(GPUS, "decode")),
+        (17, "W4A16g64", {80: "decode", 90: "wgmma_f16", 120: "decode"}),
+        (64, "W4A16", {80: "dequantize", 90: "wgmma_f16", 120: "dequantize"}),
         (2048, "W4A16", dict.fromkeys(GPUS, "dequantize")),
         (2048, "W4A8g32", {80: "mma", 90: "mma"}),  # a group a step
         (2048, "W8A8g128", {90: "mma"}),  # centered codes of eight bits are no signed bytes
@@ -161,7 +165,7 @@ def test_path(m, scheme, path):
         (plan.DECODE_COLUMNS // 8, "W2A8", "decode", "mma"),
         (plan.DECODE_COLUMNS // 4, "W2A3", "decode", "mma"),
         (plan.DECODE_COLUMNS // 2, "W2A2", "decode", "mma"),  # four tokens a tile
-        (plan.MMA_F16_TOKENS, "W4A16", "mma_f16", "wgmma_f16"),
+        (plan.DECODE_TOKENS_16, "W4A16", "decode", "wgmma_f16"),  # N = 4096: blocks for a quarter of the SMs
         (plan.WGMMA_F16_TOKENS, "W4A16g128", "wgmma_f16", "dequantize"),
         (plan.WGMMA_TOKENS - 1, "W4A8", "mma", "wgmma"),
         (plan.WGMMA_TOKENS - 1, "W4A8g128", "mma", "wgmma"),
@@ -172,11 +176,21 @@ def test_path_changes_where_it_should(most, scheme, path, next_path):
     assert found == [path, next_path]
 
 
+def test_floats_are_for_many_blocks():
+    """Warpgroup products of 16-bit activations take over earlier where there are rows for all SMs."""
+    few, many = (
+        [plan.choose(problem(m, "W4A16g128", n=n), GPUS[90]).path for m in (4, 8, 16)] for n in (4096, 8 * 16 * 132)
+    )
+    assert few == ["decode", "decode", "decode"]
+    assert many == ["decode", "wgmma_f16", "wgmma_f16"]
+
+
 def test_nine_planes_that_fit_no_register_file_are_refused():
     """A dequantized weight would leave activations as they are."""
     for m in (1, 64):
         with pytest.raises(AbqError, match=r"nine bit-planes and K = 1048576"):
             plan.choose(problem(m, "W8*A8", k=2**20), GPUS[90])
+    assert plan.choose(problem(1, "W8*A16", k=2**20), GPUS[90]).path == "dequantize"
 
 
 def test_one_token_takes_one_kernel():
@@ -196,9 +210,6 @@ def check_plan(found, shape, gpu):
         assert isinstance(tile, gemm_mma.Tile) and planes <= 8 and shape.bits <= 8
         assert gemm_mma.shared_bytes(tile, planes, shape.group_words, grouped) <= gpu.shared_limit
         assert tile.threads <= 1024 and tile.warps_k <= shape.k_blocks
-    elif found.path == "mma_f16":
-        assert isinstance(tile, gemm_mma_f16.Tile) and shape.bits == 16
-        assert gemm_mma_f16.shared_bytes(tile, shape) <= gpu.shared_limit and tile.warps_k <= shape.k_blocks
     elif found.path == "wgmma_f16":
         assert isinstance(tile, gemm_wgmma.Tile) and gpu.has_wgmma and planes < 8 and shape.bits == 16
         assert gemm_wgmma_f16.shared_bytes(tile, planes) <= gpu.shared_limit
@@ -231,5 +242,5 @@ def test_candidates_can_run(capability, scheme):
             assert plan.choose(shape, gpu) in found, name(shape)  # what is not tuned can be found by tuning
             assert any(candidate.path == "dequantize" for candidate in found) == (shape.bits == 16)
             assert any(candidate.path.startswith("wgmma") for candidate in found) == (
-                gpu.has_wgmma and m > (16 if shape.bits == 16 else 8) and shape.planes <= 8
+                gpu.has_wgmma and m > (4 if shape.bits == 16 else 8) and shape.planes <= 8
             )

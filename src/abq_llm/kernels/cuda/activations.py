@@ -32,7 +32,7 @@ class Quantized(NamedTuple):
 
 def columns_per_token(bits: int) -> int:
     """Columns of the binary product that one token takes."""
-    return 2 if bits <= 2 else 4 if bits <= 4 else 8
+    return 2 if bits <= 2 else 4 if bits <= 4 else 8 if bits <= 8 else 16
 
 
 def aligned(x: Tensor, problem: Problem) -> bool:
@@ -63,7 +63,7 @@ def quantize(
     empty = x.new_empty
     out = Quantized(
         empty(size, dtype=torch.int32),
-        empty(padded, dtype=torch.float32),
+        empty(k_blocks * m if bits == 16 else padded, dtype=torch.float32),
         empty(padded, dtype=torch.int32),
         empty((problem.groups, padded) if group_sums else padded, dtype=torch.int32),
     )

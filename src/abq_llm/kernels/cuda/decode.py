@@ -64,7 +64,7 @@ def block_bytes(problem: Problem) -> int:
     """Shared memory of a k-block of a row tile, with its scales and zero points."""
     if problem.group_size:
         return 512 * problem.planes + 80 * groups_in_block(problem.group_words)
-    return 512 * problem.planes
+    return 512 * problem.planes + (64 if problem.bits == 16 else 0)
 
 
 def shared_bytes(tile: Tile, problem: Problem) -> int:
@@ -79,9 +79,9 @@ def window(tile: Tile, problem: Problem) -> int:
 
 def registers(tile: Tile, problem: Problem) -> int:
     """Of a thread, about."""
-    grouped = problem.group_size > 0
-    factors = 4 * max(1, 8 // problem.group_words) if grouped else 0
-    by_plane = tile.tiles * problem.planes <= 16 and not grouped
+    in_floats = problem.group_size > 0 or problem.bits == 16
+    factors = 4 * max(1, 8 // (problem.group_words or 8)) if in_floats else 0
+    by_plane = tile.tiles * problem.planes <= 16 and not in_floats
     sums = 4 * tile.tiles * (problem.planes if by_plane else 1)
     product = 4 * min(problem.planes, 4) + factors + 2 * tile.x_blocks(problem) * tile.tiles + sums
     tokens = tile.tokens(problem)
@@ -98,14 +98,15 @@ def resident(tile: Tile, problem: Problem) -> int:
 def candidates(problem: Problem, sms: int, shared_limit: int) -> list[Tile]:
     """Tiles worth a measurement, as wide as the tokens want or as registers allow."""
     tiles = tiles_of(problem)
-    while not (found := _candidates(problem, tiles, sms, shared_limit)) and tiles > 1:
+    least = 2 if problem.bits == 16 else 1
+    while not (found := _candidates(problem, tiles, sms, shared_limit)) and tiles > least:
         tiles //= 2
     return found
 
 
 def _candidates(problem: Problem, tiles: int, sms: int, shared_limit: int) -> list[Tile]:
     found = []
-    choices = (False,) if problem.m > FUSED_TOKENS else (True, False)
+    choices = (False,) if problem.bits == 16 or problem.m > FUSED_TOKENS else (True, False)
     sizes = (4, 8, 16), STAGES, (1, 2), choices, (False, True)
     for warps, stages, blocks, fused, early in itertools.product(*sizes):
         tile = Tile(tiles, warps, stages, blocks, fused, early)
@@ -141,7 +142,7 @@ def _sums_bytes(tile: Tile, problem: Problem) -> int:
 def tiles_of(problem: Problem) -> int:
     """Column tiles of a block: 1, 2, 4, 8 or 16."""
     needed = -(-problem.m * columns_per_token(problem.bits) // 8)
-    return min(16, 1 << (needed - 1).bit_length())
+    return max(2 if problem.bits == 16 else 1, min(16, 1 << (needed - 1).bit_length()))
 
 
 @lru_cache(maxsize=4096)
@@ -189,6 +190,7 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
 
 
 def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms: int) -> dict[str, bool | int | str]:
+    in_floats = problem.group_size > 0 or problem.bits == 16
     return {
         "tiles": tile.tiles,
         "warps": tile.warps,
@@ -205,12 +207,13 @@ def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms:
         "fused": tile.fused,
         "aligned": aligned and tile.fused,
         "T": dtype_name,
-        "Sum": "float" if problem.group_size else "int",
+        "Sum": "float" if in_floats else "int",
         "planes": problem.planes,
         "bits": problem.bits,
         "columns": tile.columns(problem),
         "symmetric": problem.symmetric,
         "grouped": problem.group_size > 0,
+        "in_floats": in_floats,
         "group_words": problem.group_words or WHOLE_ROW,
         "programmatic": True,
         **problem.columns(),

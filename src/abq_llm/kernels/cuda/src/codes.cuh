@@ -168,6 +168,14 @@ __device__ inline float warp_max(float value) {
     return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(fabsf(value))));
 }
 
+__device__ inline void warp_range(float& lo, float& hi) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) {
+        lo = fminf(lo, __shfl_xor_sync(~0u, lo, lane));
+        hi = fmaxf(hi, __shfl_xor_sync(~0u, hi, lane));
+    }
+}
+
 // The column of a k-block where the four begin whose codes lane 4 i + t gives to `plane_fragment` as word h
 __device__ inline int fragment_column(int lane, int h) { return 32 * (lane / 4) + 16 * h + 4 * (lane % 4); }
 

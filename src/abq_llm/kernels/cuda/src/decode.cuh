@@ -12,7 +12,7 @@
 //                                                                 Sums of the warps meet in shared memory, too, those of
 //                                                                 `C::pass` row tiles at a time.
 //
-//   C::columns    of a token in the product: its bits, rounded up to 2, 4 or 8
+//   C::columns    of a token in the product: its bits, rounded up to 2, 4, 8 or 16
 //   C::tiles      of 8 columns; a block does tiles * 8 / columns tokens
 //   C::x_blocks   k-blocks of a warp
 //   C::full_rounds  of the k-blocks, in which every warp has one: C::x_blocks or one less
@@ -21,7 +21,7 @@
 //   C::window     stages under way before x is here
 //   C::early      the next kernel may start, and read its weights, before x is here
 //   C::fused      x is quantized here, by every block anew: no kernel before this one to wait for
-//   C::grouped    sums of groups are scaled and added in fp32
+//   C::in_floats  groups, or 16-bit x with a scale for every k-block: sums are scaled and added in fp32 part by part
 #pragma once
 
 #include "codes.cuh"
@@ -57,7 +57,7 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
     using Queue = WeightQueue<C>;
     constexpr int tokens = DecodeShape<C>::tokens, groups_met = Queue::groups_met;
     static_assert(C::pass == 1 || C::pass * tokens * 16 <= 32 * C::warps, "a thread writes outputs of one row");
-    constexpr bool by_plane = !C::grouped && C::tiles * C::planes <= 16;  // a sum for each plane fits in registers
+    constexpr bool by_plane = !C::in_floats && C::tiles * C::planes <= 16;  // a sum for each plane fits in registers
     __shared__ Sum partial[2][C::pass][C::warps][tokens][16];
     __shared__ Grid token_grid[tokens];
     __shared__ int token_sum[tokens];
@@ -100,12 +100,12 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
     int zero_next = 0, sum_next = 0;
     auto load_row = [&](int first_row_tile) {
         const int row = min(int(first_row_tile + tile_out * gridDim.x), row_tiles - 1) * 16 + threadIdx.x % 16;
-        if constexpr (C::grouped) {
-            offset_next = static_cast<const float*>(w_sum)[row];
-        } else {
-            scale_next = w_scale[row];
+        if constexpr (!C::grouped) scale_next = w_scale[row];
+        if constexpr (!C::in_floats) {
             zero_next = static_cast<const int*>(w_zero)[row];
             sum_next = static_cast<const int*>(w_sum)[row];
+        } else if constexpr (C::grouped && C::bits < 16) {
+            offset_next = static_cast<const float*>(w_sum)[row];
         }
     };
     if constexpr (!has_bulk_copies)
@@ -174,7 +174,7 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
 #pragma unroll
             for (int n = 0; n < C::tiles; n++) fragment[b][n] = plane_fragment(words[b][n][0], words[b][n][1], lane);
     } else {
-        for (int i = threadIdx.x; i < tokens; i += 32 * C::warps) {
+        for (int i = threadIdx.x; i < tokens && C::bits < 16; i += 32 * C::warps) {
             const int m = min(first_token + i, M - 1);
             token_grid[i] = {x_scale[m], 0, x_zero[m]};
             token_sum[i] = x_sum[m];
@@ -207,7 +207,7 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
                     if (row_tile < row_tiles) barrier_wait<false>(shared_address(&full[stage]), filled);
                 } else {
                     copy_async_wait<C::stages - 1>();
-                    if constexpr (C::grouped) __syncwarp();  // other lanes have copied scales and zero points
+                    if constexpr (C::in_floats) __syncwarp();  // other lanes have copied scales and zero points
                 }
                 const uint4* from = reinterpret_cast<const uint4*>(queue.planes(stage, warp)) + lane;
                 uint4 planes[C::planes];
@@ -220,7 +220,7 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
                     for (int p = 0; p < C::planes; p++)
 #pragma unroll
                         for (int n = 0; n < C::tiles; n++) mma_b1(plane_sums[n][p], planes[p], fragment[b][n]);
-                } else if constexpr (!C::grouped) {
+                } else if constexpr (!C::in_floats) {
 #pragma unroll
                     for (int n = 0; n < C::tiles; n++)
 #pragma unroll
@@ -240,12 +240,16 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
 #pragma unroll
                         for (int half = 0; half < 2; half++) {
                             const int row = i * 16 + g + 8 * half;
-                            scale[i][half] = reinterpret_cast<const float*>(table)[row];
-                            zero[i][half] = table[Queue::scale_bytes + row];
+                            scale[i][half] = C::grouped ? reinterpret_cast<const float*>(table)[row] : 1;
+                            zero[i][half] = C::grouped ? table[Queue::scale_bytes + row] : reinterpret_cast<const int*>(table)[row];
                         }
                     const int first = 8 * kb / C::group_words;
 #pragma unroll
                     for (int n = 0; n < C::tiles; n++) {
+                        // Column 2t + 1 against column 2t: twice the weight, and 16 bits are signed
+                        const int second = C::columns == 16 && n % 2 == 1 && t == 3 ? -2 : 2;
+                        float x_factor = 1;
+                        if constexpr (C::bits == 16) x_factor = x_scale[kb * M + min(first_token + n / 2, M - 1)];
 #pragma unroll
                         for (int i = 0; i < groups_met; i++) {
                             // Words of 32 columns of this group in the k-block: bits i of every byte
@@ -263,11 +267,11 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
 #pragma unroll
                                 for (int e = 0; e < 4; e++) sum[e] += product[e] << p;
                             }
-                            const int x_bits = ones[0] + 2 * ones[1];
+                            const int x_bits = ones[0] + second * ones[1];
 #pragma unroll
                             for (int half = 0; half < 2; half++) {
-                                const int value = sum[2 * half] + 2 * sum[2 * half + 1] - zero[i][half] * x_bits;
-                                sums[n][half] += scale[i][half] * float(value);
+                                const int value = sum[2 * half] + second * sum[2 * half + 1] - zero[i][half] * x_bits;
+                                sums[n][half] += scale[i][half] * x_factor * float(value);
                             }
                         }
                     }
@@ -285,9 +289,10 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
                 if (stage == 0) filled ^= 1;
             }
 
-            // The columns of a token together
-            constexpr int lanes = C::columns / 2, values = 2 * C::tiles;
-            Sum value[values];
+            // The columns of a token together: over the two tiles of 16 bits, then over the lanes
+            constexpr int lanes = C::columns >= 8 ? 4 : C::columns / 2, tiles_of_token = C::columns == 16 ? 2 : 1;
+            constexpr int values = 2 * C::tiles / tiles_of_token;
+            Sum value[values] = {};
 #pragma unroll
             for (int n = 0; n < C::tiles; n++)
 #pragma unroll
@@ -296,7 +301,8 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
 #pragma unroll
                         for (int p = 0; p < C::planes; p++)
                             sums[n][half] += (plane_sums[n][p][2 * half] + 2 * plane_sums[n][p][2 * half + 1]) << p;
-                    value[2 * n + half] = sums[n][half] * Sum(1 << 2 * t % C::columns);
+                    const int weight_of_column = 1 << (2 * t % C::columns + n % tiles_of_token * 8);
+                    value[n / tiles_of_token * 2 + half] += sums[n][half] * Sum(weight_of_column);
                 }
             sum_over_lanes<lanes>(value, t);
 #pragma unroll
@@ -316,11 +322,15 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
 #pragma unroll
             for (int w = 0; w < C::warps; w++) sum += partial[parity][tile_out][w][at / 16][at % 16];
             float value;
-            const Grid grid = token_grid[at / 16];
-            if constexpr (C::grouped) {
-                value = output_grouped(sum, offset_out, grid.zero, grid.scale);
+            if constexpr (C::bits == 16) {
+                value = __fmul_rn(sum, scale_out);
             } else {
-                value = output_per_channel(sum, zero_out, sum_out, scale_out, grid.zero, token_sum[at / 16], grid.scale);
+                const Grid grid = token_grid[at / 16];
+                if constexpr (C::in_floats) {
+                    value = output_grouped(sum, offset_out, grid.zero, grid.scale);
+                } else {
+                    value = output_per_channel(sum, zero_out, sum_out, scale_out, grid.zero, token_sum[at / 16], grid.scale);
+                }
             }
             y[(long long)m * N + n_out] = from_float<T>(bias ? __fadd_rn(value, bias[n_out]) : value);
         }

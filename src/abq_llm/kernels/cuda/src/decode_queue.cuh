@@ -12,11 +12,11 @@
 #include "bulk.cuh"
 
 template <class C> struct WeightQueue {
-    // A stage: planes of the warps' k-blocks | a table for each warp, if grouped: scales fp32 [groups_met][16] and zero
-    // points [groups_met][16] bytes
-    static constexpr int groups_met = C::grouped ? groups_in_block(C::group_words) : 0;
+    // A stage: planes of the warps' k-blocks | a table for each warp, if any: scales fp32 [groups_met][16] and zero points
+    // [groups_met][16] bytes, or int32 [16] if not grouped
+    static constexpr int groups_met = C::in_floats ? groups_in_block(C::group_words) : 0;
     static constexpr int plane_bytes = C::planes * 512;
-    static constexpr int scale_bytes = groups_met * 64, zero_bytes = groups_met * 16;
+    static constexpr int scale_bytes = C::grouped ? groups_met * 64 : 0, zero_bytes = groups_met * (C::grouped ? 16 : 64);
     static constexpr int table_bytes = scale_bytes + zero_bytes;
     static constexpr int stage_bytes = C::warps * (plane_bytes + table_bytes);
     static_assert(C::shared_bytes == C::stages * stage_bytes, "the host must ask for as much shared memory");
@@ -40,6 +40,7 @@ template <class C> struct WeightQueue {
         return scale + (long long)group * (row_tiles * 16) + row_tile * 16 + i % 4 * 4;
     }
     __device__ const void* zero_source(int row_tile, int kb, int i) const {
+        if constexpr (!C::grouped) return static_cast<const int*>(zero) + row_tile * 16 + i * 4;
         const int group = min(8 * kb / C::group_words + i, groups - 1);
         return static_cast<const unsigned char*>(zero) + (long long)group * (row_tiles * 16) + row_tile * 16;
     }
@@ -56,15 +57,17 @@ template <class C> struct WeightQueue {
                 barrier_arrive_expecting(barrier, blocks * (plane_bytes + table_bytes));
                 bulk_copy(shared_address(planes(stage, 0)), plane_source(row_tile, first), blocks * plane_bytes, barrier);
             }
-            if constexpr (C::grouped) {
+            if constexpr (C::in_floats) {
                 __syncwarp();
                 const unsigned to = shared_address(table(stage, lane));
-                if (lane < blocks) {
+                if (C::grouped && lane < blocks) {
 #pragma unroll
                     for (int i = 0; i < groups_met; i++) {
                         bulk_copy(to + i * 64, scale_source(row_tile, first + lane, 4 * i), 64, barrier);
                         bulk_copy(to + scale_bytes + i * 16, zero_source(row_tile, first + lane, i), 16, barrier);
                     }
+                } else if (lane < blocks) {
+                    bulk_copy(to, zero_source(row_tile, first, 0), 64, barrier);
                 }
             }
             b = b == C::x_blocks - 1 ? 0 : b + 1;
