@@ -46,7 +46,8 @@ def test_shared_memory_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("warps", "registers"), [(4, 255), (8, 255), (9, 168), (10, 168), (12, 168), (16, 128), (18, 96), (20, 96), (32, 64)]
+    ("warps", "registers"),
+    [(4, 255), (8, 255), (9, 168), (10, 168), (12, 168), (16, 128), (18, 96), (20, 96), (32, 64)],
 )
 def test_registers_of_the_quarters_of_an_sm(warps, registers):
     assert gemm_mma_f16.registers_for(warps) == registers
@@ -54,7 +55,13 @@ def test_registers_of_the_quarters_of_an_sm(warps, registers):
 
 @pytest.mark.parametrize(
     ("scheme", "k", "columns"),
-    [("W4A16", 416, 416), ("W4A16", 70, 96), ("W4A16g128", 4096, 4096), ("W4A16g40", 100, 160), ("W4A16g33", 33 * 2, 128)],
+    [
+        ("W4A16", 416, 416),
+        ("W4A16", 70, 96),
+        ("W4A16g128", 4096, 4096),
+        ("W4A16g40", 100, 160),
+        ("W4A16g33", 33 * 2, 128),
+    ],
 )
 def test_x_has_the_columns_of_the_layout(scheme, k, columns):
     shape = problem(scheme, 3, k=k)

@@ -94,7 +94,7 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
             for (int stage = 0; stage < C::stages; stage++) {
                 barrier_init(weights_full(stage), C::grouped ? 33 : 1);  // a warp's copies, and the copy engine's
                 barrier_init(tokens_full(stage), 1);
-                barrier_init(empty(stage), G::warps);
+                barrier_init(empty(stage), 32 * G::warps);
             }
             barrier_init_fence();
         }
@@ -184,10 +184,7 @@ template <class C> __global__ void __launch_bounds__(MmaF16<C>::threads, C::resi
             sums.add_block(shared + place.index * G::stage_bytes, at, mine, min(8, K / 32 - mine * 8), wait_for_tokens);
         else
             wait_for_tokens();
-        if constexpr (has_bulk_copies) {
-            __syncwarp();
-            if (lane == 0) barrier_arrive(empty(place.index));
-        }
+        if constexpr (has_bulk_copies) barrier_arrive(empty(place.index));
     }
 
     // Sums change places: a lane holds rows g, g + 8 of tokens 2t, 2t + 1, the output wants neighbouring rows of one token

@@ -113,8 +113,7 @@ template <class C, class Shape> struct Consumer {
     // Not right after `load`: its reads may still be on their way, and the copy engine does not wait for them. When bytes have been
     // made of all planes, they have come.
     __device__ __forceinline__ void release_slot() {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.weight_empty(slot.index));
+        shared.release_weight(slot.index);
         slot.advance();
     }
     // The products of the steps before `end` of a k-block are done.
@@ -217,8 +216,7 @@ template <class C, class Shape> struct Consumer {
                 per_channel(results, products, both, pair);
             });
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.tokens_empty(buffer.index));
+        shared.release_tokens(buffer.index);
         buffer.advance();
     }
 };

@@ -32,8 +32,7 @@ template <class C> struct BinaryProducts {
 
         barrier_wait<C::debug>(shared.x_full(stage.index), stage.parity);
         wgmma_fence();
-        __syncwarp();  // the planes have come: only now may the copy engine overwrite them
-        if (lane == 0) barrier_arrive(shared.weight_empty(slot.index));
+        shared.release_weight(slot.index);  // the planes have come: only now may the copy engine overwrite them
         slot.advance();
 #pragma unroll
         for (int q = 0; q < C::x_planes; ++q) {
@@ -107,8 +106,7 @@ __global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident)
                 }
                 per_channel(results, sums, rows, TokenPair<C::tokens>(shared.token_data(buffer.index, j, lane)));
             });
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared.tokens_empty(buffer.index));
+            shared.release_tokens(buffer.index);
         }
     }
 }

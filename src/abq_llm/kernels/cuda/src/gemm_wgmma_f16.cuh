@@ -68,9 +68,6 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
                 Planes<C> planes;
                 barrier_wait<C::debug>(shared.weight_full(slot.index), slot.parity);
                 planes.load(shared.weight(slot.index) + row_tile * Shape::tile_bytes, lane);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(shared.weight_empty(slot.index));
-                slot.advance();
 
 #pragma unroll
                 for (int first = 0; first < 8; first += unit) {  // steps of 32 columns
@@ -98,6 +95,10 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
                             }
                             wgmma_fence_registers(a[slab][i]);  // made before the turn comes
                         }
+                    }
+                    if (first == 0) {  // all planes have come: only now may the copy engine overwrite them
+                        shared.release_weight(slot.index);
+                        slot.advance();
                     }
                     if (first % C::stage_steps == 0) barrier_wait<C::debug>(shared.x_full(stage.index), stage.parity);
 

@@ -72,11 +72,11 @@ template <class C, class Shape> struct Shared {
         }
         for (int i = 0; i < C::weight_slots; ++i) {
             barrier_init(weight_full(i), 1);
-            barrier_init(weight_empty(i), consumer_warps);
+            barrier_init(weight_empty(i), 32 * consumer_warps);
         }
         for (int i = 0; i < 2; ++i) {
             barrier_init(tokens_full(i), 1);
-            barrier_init(tokens_empty(i), consumer_warps);
+            barrier_init(tokens_empty(i), 32 * consumer_warps);
         }
         barrier_init_fence();
     }
@@ -89,7 +89,11 @@ template <class C, class Shape> struct Shared {
     // Where this warp's results are on their way out
     __device__ unsigned out() const { return base + Shape::out_offset + threadIdx.x / 32 * out_bytes; }
 
-    // A warp has done with a stage.
+    // A thread has read what it wants of a slot, or of the tokens' data.
+    __device__ void release_weight(int slot) const { barrier_arrive(weight_empty(slot)); }
+    __device__ void release_tokens(int buffer) const { barrier_arrive(tokens_empty(buffer)); }
+
+    // A warp's products have read a stage.
     __device__ void release_x(int stage, int lane) const {
         if (lane == 0) barrier_arrive(x_empty(stage));
     }
