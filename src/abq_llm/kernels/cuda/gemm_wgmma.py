@@ -16,7 +16,6 @@ from abq_llm.kernels.cuda.activations import TYPE_NAMES
 from abq_llm.kernels.cuda.gpus import gpu
 
 SHARED_LIMIT = 227 * 1024  # bytes a block may have on sm_90
-SHARED_RESERVED = 1024  # of the multiprocessor's 228 KiB for each block on it
 UNIT = 4  # steps of 32 columns whose products start together, unless a group ends before
 TOKENS = (32, 48, 64, 96, 112, 128, 144, 160, 176, 192, 208, 240, 256)  # of wgmma's n, those worth a tile
 
@@ -38,17 +37,15 @@ class Tile:
     """What one block computes, `tokens` of x by `rows` of w, and how."""
 
     tokens: int
-    consumers: int = 2  # warpgroups, each with `slabs` x 64 rows
-    slabs: int = 1
+    consumers: int = 2  # warpgroups, each with 64 rows
     stages: int = 4  # of x in shared memory, `stage_steps` x 32 columns each
     stage_steps: int = 4
     weight_slots: int = 2  # of the weights' planes in shared memory, 256 columns each
-    resident: int = 1  # blocks on a multiprocessor
     tail: int = 0  # tokens of the parts into which the tiles of a last round are cut; 0: they are not
 
     @property
     def rows(self) -> int:
-        return self.consumers * self.slabs * 64
+        return self.consumers * 64
 
     @property
     def threads(self) -> int:
@@ -70,12 +67,11 @@ def shared_bytes(tile: Tile, planes: int, x_planes: int | None = None) -> int:
 
 def _filled(tile: Tile, planes: int, x_planes: int | None = None) -> Tile | None:
     """`tile` with as many stages as fit, up to 8, or None if fewer than two k-blocks of x do."""
-    limit = min(SHARED_LIMIT, 228 * 1024 // tile.resident - SHARED_RESERVED)
     per_block = 8 // tile.stage_steps if x_planes is None else 1
     for stages in range(8, 2 * per_block - 1, -1):
         for slots in range(min(4 if x_planes is None else 7, max(2, stages // per_block)), 1, -1):
             filled = replace(tile, stages=stages, weight_slots=slots)
-            if shared_bytes(filled, planes, x_planes) <= limit:
+            if shared_bytes(filled, planes, x_planes) <= SHARED_LIMIT:
                 return filled
     return None
 
@@ -214,11 +210,9 @@ def constants(
         "planes": planes,
         "tokens": tile.tokens,
         "consumers": tile.consumers,
-        "slabs": tile.slabs,
         "stages": tile.stages,
         "stage_steps": tile.stage_steps,
         "weight_slots": tile.weight_slots,
-        "resident": tile.resident,
         "tail": tile.tail,
         "unit": UNIT,
         "grouped": group_words > 0,
@@ -295,7 +289,7 @@ def _launch(
     needed = -(-m // tile.tokens) * tile.tokens
     if token_tiles * 8 < needed:
         raise AbqError(f"x is padded to {token_tiles * 8} tokens; tiles of {tile.tokens} need {needed}")
-    grid = min(tile.count(m, n), tile.resident * gpu(y.get_device()).sms), 1, 1
+    grid = min(tile.count(m, n), gpu(y.get_device()).sms), 1, 1
     kernel = jit.load(stem, stem, config, y.device)
     args = [weight, x, *rows, *tokens, bias, y, m, n, k_blocks, token_tiles, *more]
     shared = shared_bytes(tile, planes, x_planes)

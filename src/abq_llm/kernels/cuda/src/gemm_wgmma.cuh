@@ -88,7 +88,7 @@ template <class C> struct GemmArguments {
 template <class C, class Shape> struct Consumer {
     static constexpr int unit = GroupRows<C>::steps, units = 8 / unit;  // steps whose products start together, of a k-block
     static constexpr bool ahead = !C::grouped;
-    static_assert(C::stage_steps % unit == 0 && units % 2 == 0 && C::slabs == 1 && (!C::grouped || C::planes < 8));
+    static_assert(C::stage_steps % unit == 0 && units % 2 == 0 && (!C::grouped || C::planes < 8));
 
     const Shared<C, Shape>& shared;
     const GemmArguments<C>& args;
@@ -102,7 +102,7 @@ template <class C, class Shape> struct Consumer {
 #pragma unroll
         for (int i = 0; i < unit; ++i) {
 #pragma unroll
-            for (int r = 0; r < 4; ++r) a[i][r] = codes_of_step(planes.words[0][r], first + i);
+            for (int r = 0; r < 4; ++r) a[i][r] = codes_of_step(planes.words[r], first + i);
             wgmma_fence_registers(a[i]);  // made here
         }
     }
@@ -224,7 +224,7 @@ template <class C, class Shape> struct Consumer {
 // blocks: at most as many as tiles of y, which they share. MT, the token tiles of 8 that x has, is a multiple of
 // tokens / 8. If grouped, w_scale, w_zero and w_centered are [groups][...], and x_sum is not read.
 template <class C>
-__global__ void __launch_bounds__(GemmShape<C>::threads, C::resident)
+__global__ void __launch_bounds__(GemmShape<C>::threads, 1)
     gemm_wgmma(const uint4* weight, const unsigned char* x, const float* w_scale,
                const typename Either<C::grouped, unsigned char, int>::type* w_zero, const int* w_centered,
                const float* x_scale, const int* x_zero, const int* x_sum, const float* bias, typename C::T* y, int M, int N,

@@ -13,7 +13,7 @@ template <class C> using BinaryShape = Tile<C, 2 * C::x_planes, 2 * C::x_planes,
 template <class C> struct BinaryProducts {
     using Shape = BinaryShape<C>;
     static constexpr int sets = C::planes + C::x_planes - 1;
-    static_assert(C::slabs == 1 && !C::grouped);
+    static_assert(!C::grouped);
 
     int acc[sets][C::tokens / 2];
     Place<C::stages> stage, running;
@@ -53,7 +53,7 @@ template <class C> struct BinaryProducts {
 
 // Arguments as of `gemm_wgmma`, x as planes, [KB][x_planes][2 halves][MT][8 tokens][16 bytes].
 template <class C>
-__global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident)
+__global__ void __launch_bounds__(BinaryShape<C>::threads, 1)
     gemm_wgmma_b1(const uint4* weight, const unsigned char* x, const float* w_scale, const int* w_zero,
                   const int* w_centered_sum, const float* x_scale, const int* x_zero, const int* x_sum, const float* bias,
                   typename C::T* y, int M, int N, int KB, int MT) {

@@ -1,6 +1,6 @@
 // What the two Hopper products share: the block's tile in shared memory, who fills it, and how results leave it.
 //
-//   y[tokens, rows] of one tile:  `consumers` warpgroups, each `slabs` x 64 rows, all on the same tokens
+//   y[tokens, rows] of one tile:  `consumers` warpgroups, each 64 rows, all on the same tokens
 //   shared memory:  | barriers | data of tokens, twice | stages of x ... | slots of weight planes ... | results on their way out |
 //
 // One more warpgroup produces: its first warp copies x into a ring of stages, its second the weights into a ring of slots
@@ -15,7 +15,7 @@
 template <class C, int chunks_per_block, int stage_chunks, int words_of_token> struct Tile {
     static constexpr int consumer_threads = C::consumers * 128;
     static constexpr int threads = consumer_threads + 128;
-    static constexpr int row_tiles = C::consumers * C::slabs * 4;
+    static constexpr int row_tiles = C::consumers * 4;
     static constexpr int rows = row_tiles * 16;
 
     static constexpr int chunks_per_stage = stage_chunks;
@@ -33,7 +33,7 @@ template <class C, int chunks_per_block, int stage_chunks, int words_of_token> s
     static constexpr int out_offset = weight_offset + C::weight_slots * slot_bytes;
 
     // Registers of a thread: what all start with, and what producers leave to consumers
-    static constexpr int registers = 65536 / C::resident / threads / 8 * 8;
+    static constexpr int registers = 65536 / threads / 8 * 8;
     static constexpr int producer_registers = 24;
     static constexpr int left_registers = (registers * threads - producer_registers * 128) / consumer_threads / 8 * 8;
     static constexpr int consumer_registers = left_registers < 240 ? left_registers : 240;

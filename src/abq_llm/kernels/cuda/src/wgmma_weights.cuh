@@ -9,24 +9,20 @@ struct Nothing {
 
 __device__ constexpr int greatest_divisor(int a, int b) { return b == 0 ? a : greatest_divisor(b, a % b); }
 
-// The planes of a k-block that one lane of a warp holds, for each of its slabs
+// The planes of a k-block that one lane of a warp holds
 template <class C> struct Planes {
     static constexpr int width = power_of_two_above(C::planes);
-    unsigned words[C::slabs][4][width];  // [][register of the fragment][]
+    unsigned words[4][width];  // [register of the fragment][]
 
     __device__ void load(unsigned address, int lane) {
 #pragma unroll
-        for (int slab = 0; slab < C::slabs; ++slab) {
-#pragma unroll
-            for (int p = 0; p < width; ++p) {
-                uint4 plane = make_uint4(0, 0, 0, 0);
-                if (p < C::planes) plane = load_shared_4(address + (slab * 4 * C::planes + p) * 512 + lane * 16);
-                words[slab][0][p] = plane.x, words[slab][1][p] = plane.y;
-                words[slab][2][p] = plane.z, words[slab][3][p] = plane.w;
-            }
-#pragma unroll
-            for (int r = 0; r < 4; ++r) planes_to_steps<C::planes>(words[slab][r]);
+        for (int p = 0; p < width; ++p) {
+            uint4 plane = make_uint4(0, 0, 0, 0);
+            if (p < C::planes) plane = load_shared_4(address + p * 512 + lane * 16);
+            words[0][p] = plane.x, words[1][p] = plane.y, words[2][p] = plane.z, words[3][p] = plane.w;
         }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) planes_to_steps<C::planes>(words[r]);
     }
 };
 
