@@ -6,7 +6,7 @@
         --doc docs/results.md
 
 `compute` is `abq compare` for several calibration texts at once, on all GPUs: every method at every scheme of `TABLES`,
-with the tasks at the schemes of `ZERO_SHOT`. The first seed of every text comes before the second of any, and what
+with the tasks at the schemes of `ZERO_SHOT`. All seeds of a text come before the next text, seed after seed, and what
 takes long before what does not. It stops after --seconds or Ctrl-C; the same command goes on.
 
 `tables` makes of whatever is in CELLS, for each calibration text, the record NAME_TEXT.json and the picture
@@ -126,7 +126,7 @@ def ordered_jobs(args: argparse.Namespace, tokenizer, setup: comparison.Setup, s
         draw = functools.partial(calibration_tokens, calib, tokenizer, samples=args.samples, seqlen=args.seqlen)
         for cell in comparison.cells(schemes, methods, seeds, functools.cache(lambda seed, draw=draw: draw(seed=seed))):
             job = cell, scored if cell.scheme in ("W16A16", *ZERO_SHOT) else setup
-            tiers[seeds.index(cell.seed) if cell.method else 0, place].append(job)
+            tiers[place, seeds.index(cell.seed) if cell.method else 0].append(job)
     ordered = [job for tier in sorted(tiers) for job in longest_first(tiers[tier])]
     files = [comparison.file_of(args.cells, *job) for job in ordered]  # what needs no calibration is one for all texts
     return [job for index, job in enumerate(ordered) if files[index] not in files[:index]]
