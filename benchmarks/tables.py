@@ -66,18 +66,19 @@ def integer(record: dict) -> None:
 
 def rivals(record: dict) -> None:
     """What `rivals_accuracy.py` measured, and `abq compare` on the same tokens: one line a scheme and system."""
-    rows = [row for row in record["rows"] if row.get("method") != "fp"]
-    texts = list(next(row["texts"] for row in rows if "rival" in row))
-    print("| scheme | system | " + " | ".join(f"{text}: perplexity | KL | top-1" for text in texts) + " |")
-    print("|---|---|" + "---|---|---|" * len(texts))
-    for row in sorted(rows, key=lambda row: row["scheme"], reverse=True):
-        name = f"{row['rival']} {row['versions'][row['rival']]}" if "rival" in row else f"ours: {row['method']}"
-        cells = [row["scheme"], name]
-        for text in texts:
-            keys = ("perplexity", "kl", "top1_agreement")
-            figures = [row["texts"][text][key] if "rival" in row else row[key][text] for key in keys]
-            cells += [_short(figures[0]), _short(figures[1]), f"{figures[2]:.3f}"]
-        print("| " + " | ".join(cells) + " |")
+    runs = defaultdict(list)
+    for row in record["rows"]:
+        if "rival" in row:
+            runs[row["scheme"], f"{row['rival']} {row['versions'][row['rival']]}"].append(row["texts"])
+        elif row["method"] != "fp":
+            figures = {text: {key: row[key][text] for key in ("perplexity", "kl")} for text in row["perplexity"]}
+            runs[row["scheme"], f"ours: {row['method']}"].append(figures)
+    texts = sorted(next(iter(runs.values()))[0], reverse=True)
+    print("| scheme | system | " + " | ".join(f"{text}: perplexity (KL)" for text in texts) + " |")
+    print("|---|---|" + "---|" * len(texts))
+    for (scheme, system), rows in sorted(runs.items(), key=lambda each: each[0][0], reverse=True):
+        cells = [f"{_spread(rows, text, 'perplexity')} ({_short(_mean(rows, text, 'kl'))})" for text in texts]
+        print("| " + " | ".join([scheme, system, *cells]) + " |")
 
 
 def _runs(record: dict) -> dict[str, list[dict]]:
