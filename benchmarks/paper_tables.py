@@ -278,7 +278,8 @@ def _spread(value: dict | None) -> str:
     """ "12.3 ± 0.4" over the seeds; the figure itself of one; "infinite" where it overflows."""
     if value is None:
         return "infinite"
-    return _short(value["mean"]) + ("" if value["std"] is None else f" ± {_short(value['std'])}")
+    mean, std = value["mean"], value["std"]
+    return _short(mean) + ("" if std is None else f" ± {_short(std, mean)}")
 
 
 def _percent(value: dict | None) -> Shown:
@@ -288,8 +289,12 @@ def _percent(value: dict | None) -> Shown:
     return value["mean"], shown
 
 
-def _short(x: float) -> str:
-    return f"{x:,.0f}" if x >= 1000 else f"{x:.1f}" if x >= 100 else f"{x:.2f}" if x >= 0.1 else f"{x:.4f}"
+def _short(x: float, like: float | None = None) -> str:
+    """`x` to as many places as a figure of the size of `like`, or of its own, deserves."""
+    size = x if like is None else like
+    if size >= 100_000:
+        return f"{x / 1e6:.2f}M"
+    return f"{x:,.0f}" if size >= 1000 else f"{x:.1f}" if size >= 100 else f"{x:.2f}" if size >= 0.1 else f"{x:.4f}"
 
 
 def put_between_marks(doc: Path, name: str, text: str) -> None:
