@@ -11,6 +11,7 @@ from abq_llm.kernels.cuda import (
     decode,
     dequantize,
     gemm_mma,
+    gemm_mma_f16,
     gemm_wgmma,
     gemm_wgmma_f16,
     jit,
@@ -19,7 +20,7 @@ from abq_llm.kernels.cuda import (
 )
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
-from tests.kernels.cuda.sass import sass
+from tests.kernels.cuda.sass import overwritten_in_flight, sass
 
 KIB = 1024
 GPUS = {
@@ -137,13 +138,18 @@ def test_quantize(arch, launched):
 
 
 @pytest.mark.parametrize("arch", GPUS)
-def test_quantize_many_tokens(arch, launched):
+def test_quantize_many_tokens(arch, launched, monkeypatch):
+    monkeypatch.setattr(activations, "gpu", lambda index: GPUS[arch])
     x, shape = torch.zeros(1024, 4096, dtype=HALF), problem(1024, 2)
     grouped = problem(1024, 2, bits=5, group_size=33)
     activations.quantize(x, shape, activations.BYTES)
     activations.quantize(x, grouped, activations.BYTES, group_sums=True, prologue=activations.RMS_NORM, other=x[0])
     activations.quantize(x.bfloat16(), problem(1024, 2, bits=2), activations.PLANE_BYTES)
+    wide = replace(shape, k=28672)
+    activations.quantize(torch.zeros(1024, wide.k, dtype=HALF), wide, activations.BYTES)
     assert {stem for stem, _ in launched} == {"quantize_tiles"}
+    large = GPUS[arch].shared_limit > 128 * KIB
+    assert [constants["kept"] for _, constants in launched] == [True, large, True, False]
     for stem, constants in launched:
         compiled(stem, constants, arch)
 
@@ -182,13 +188,41 @@ def test_gemm_mma_on_every_architecture(arch):
     assert has(instructions(cubins[-1]), "IMMA.16832.U8.U8")
 
 
+def mma_f16_constants(shape, arch, dtype=HALF):
+    tile = gemm_mma_f16.choose(shape, GPUS[arch].sms, GPUS[arch].shared_limit)
+    return gemm_mma_f16.constants(tile, shape, dtype, GPUS[arch].shared_limit)
+
+
+@pytest.mark.parametrize("planes", range(1, 10))
+def test_gemm_mma_f16(planes):
+    """One token and many: products of floats, and registers for everything."""
+    for m, group_size, dtype, name in ((1, 128, HALF, "F32"), (64, 0, torch.bfloat16, "F32.BF16")):
+        constants = mma_f16_constants(problem(m, planes, 16, group_size), "sm_90a", dtype)
+        found = instructions(compiled("gemm_mma_f16", constants, "sm_90a"))
+        assert f"HMMA.16816.{name}" in found and has(found, "UBLKCP")
+        assert not (has(found, "STL") or has(found, "LDL")), "it keeps something in local memory"
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_gemm_mma_f16_on_every_architecture(arch):
+    for shape in (problem(16, 4, 16), replace(problem(64, 3, 16, 96), k=1000)):
+        found = instructions(compiled("gemm_mma_f16", mma_f16_constants(shape, arch), arch))
+        assert "HMMA.16816.F32" in found
+        engine = GPUS[arch].has_copy_engine
+        assert has(found, "UBLKCP") == engine and has(found, "LDGSTS") == (not engine or shape.group_size > 0)
+
+
 @pytest.mark.parametrize("planes", range(1, 9))
 def test_gemm_wgmma(planes):
     gpu = GPUS["sm_90a"]
-    tile = gemm_wgmma.choose(2048, 4096, 16, planes, gpu.sms)
-    constants = gemm_wgmma.constants(tile, planes, HALF, programmatic=True)
-    found = instructions(compiled("gemm_wgmma", constants, "sm_90a"))
-    assert has(found, "IGMMA") and not has(found, "IMMA")
+    for n in (4096, 11008):  # whole tiles, and some that are cut
+        tile = gemm_wgmma.choose(2048, n, 16, planes, gpu.sms)
+        constants = gemm_wgmma.constants(tile, planes, HALF, programmatic=True)
+        cubin = compiled("gemm_wgmma", constants, "sm_90a")
+        found = instructions(cubin)
+        assert has(found, "IGMMA") and not has(found, "IMMA")
+        assert not (has(found, "STL") or has(found, "LDL"))
+        assert not overwritten_in_flight(sass(cubin))
 
 
 @pytest.mark.parametrize(
@@ -197,8 +231,10 @@ def test_gemm_wgmma(planes):
 def test_gemm_wgmma_of_groups(planes, group_words, dtype):
     tile = gemm_wgmma.choose(2048, 4096, 16, planes, GPUS["sm_90a"].sms, group_words)
     constants = gemm_wgmma.constants(tile, planes, dtype, group_words=group_words, programmatic=True)
-    found = instructions(compiled("gemm_wgmma", constants, "sm_90a"))
-    assert has(found, "IGMMA") and not has(found, "I2F.S32")  # sums are read as floats
+    cubin = compiled("gemm_wgmma", constants, "sm_90a")
+    found = instructions(cubin)
+    assert has(found, "IGMMA") and not (has(found, "I2F.S32") or has(found, "I2FP"))  # sums are read as floats
+    assert not overwritten_in_flight(sass(cubin))
 
 
 @pytest.mark.parametrize(("planes", "x_planes"), [(2, 2), (1, 4), (7, 1)])

@@ -3,7 +3,7 @@
 import pytest
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels.cuda import decode, gemm_mma, gemm_wgmma, gemm_wgmma_f16, plan
+from abq_llm.kernels.cuda import decode, gemm_mma, gemm_mma_f16, gemm_wgmma, gemm_wgmma_f16, plan
 from abq_llm.kernels.cuda.activations import columns_per_token
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.problem import Problem
@@ -140,10 +140,12 @@ def test_registers_grow_with_what_is_kept_in_them():
         (2048, "W2A2", {80: "mma", 89: "mma", 90: "wgmma_b1", 100: "mma"}),
         (2048, "W2A4", {90: "wgmma"}),  # eight pairs of planes: no gain over bytes
         (2048, "W2A2g128", {90: "wgmma"}),  # the binary product has no groups
-        (1, "W4A16", dict.fromkeys(GPUS, "decode")),
-        (16, "W4A16g64", dict.fromkeys(GPUS, "decode")),
-        (17, "W4A16g64", {80: "decode", 90: "wgmma_f16", 120: "decode"}),
-        (64, "W4A16", {80: "dequantize", 90: "wgmma_f16", 120: "dequantize"}),
+        (1, "W4A16", {80: "decode", 90: "decode", 100: "mma_f16", 120: "mma_f16"}),
+        (1, "W6A16", dict.fromkeys(GPUS, "mma_f16")),
+        (2, "W4A16", dict.fromkeys(GPUS, "mma_f16")),
+        (1, "W4A16g128", dict.fromkeys(GPUS, "mma_f16")),
+        (64, "W8*A16g64", dict.fromkeys(GPUS, "mma_f16")),
+        (65, "W4A16", {80: "dequantize", 90: "wgmma_f16", 120: "dequantize"}),
         (2048, "W4A16", dict.fromkeys(GPUS, "dequantize")),
         (2048, "W4A8g32", {80: "mma", 90: "mma"}),  # a group a step
         (2048, "W8A8g128", {90: "mma"}),  # centered codes of eight bits are no signed bytes
@@ -165,7 +167,7 @@ def test_path(m, scheme, path):
         (plan.DECODE_COLUMNS // 8, "W2A8", "decode", "mma"),
         (plan.DECODE_COLUMNS // 4, "W2A3", "decode", "mma"),
         (plan.DECODE_COLUMNS // 2, "W2A2", "decode", "mma"),  # four tokens a tile
-        (plan.DECODE_TOKENS_16, "W4A16", "decode", "wgmma_f16"),  # N = 4096: blocks for a quarter of the SMs
+        (plan.MMA_F16_TOKENS, "W4A16", "mma_f16", "wgmma_f16"),
         (plan.WGMMA_F16_TOKENS, "W4A16g128", "wgmma_f16", "dequantize"),
         (plan.WGMMA_TOKENS - 1, "W4A8", "mma", "wgmma"),
         (plan.WGMMA_TOKENS - 1, "W4A8g128", "mma", "wgmma"),
@@ -176,21 +178,11 @@ def test_path_changes_where_it_should(most, scheme, path, next_path):
     assert found == [path, next_path]
 
 
-def test_floats_are_for_many_blocks():
-    """Warpgroup products of 16-bit activations take over earlier where there are rows for all SMs."""
-    few, many = (
-        [plan.choose(problem(m, "W4A16g128", n=n), GPUS[90]).path for m in (4, 8, 16)] for n in (4096, 8 * 16 * 132)
-    )
-    assert few == ["decode", "decode", "decode"]
-    assert many == ["decode", "wgmma_f16", "wgmma_f16"]
-
-
 def test_nine_planes_that_fit_no_register_file_are_refused():
     """A dequantized weight would leave activations as they are."""
     for m in (1, 64):
         with pytest.raises(AbqError, match=r"nine bit-planes and K = 1048576"):
             plan.choose(problem(m, "W8*A8", k=2**20), GPUS[90])
-    assert plan.choose(problem(1, "W8*A16", k=2**20), GPUS[90]).path == "dequantize"
 
 
 def test_one_token_takes_one_kernel():
@@ -210,6 +202,9 @@ def check_plan(found, shape, gpu):
         assert isinstance(tile, gemm_mma.Tile) and planes <= 8 and shape.bits <= 8
         assert gemm_mma.shared_bytes(tile, planes, shape.group_words, grouped) <= gpu.shared_limit
         assert tile.threads <= 1024 and tile.warps_k <= shape.k_blocks
+    elif found.path == "mma_f16":
+        assert isinstance(tile, gemm_mma_f16.Tile) and shape.bits == 16
+        assert gemm_mma_f16.shared_bytes(tile, shape) <= gpu.shared_limit and tile.warps_k <= shape.k_blocks
     elif found.path == "wgmma_f16":
         assert isinstance(tile, gemm_wgmma.Tile) and gpu.has_wgmma and planes < 8 and shape.bits == 16
         assert gemm_wgmma_f16.shared_bytes(tile, planes) <= gpu.shared_limit
@@ -242,5 +237,5 @@ def test_candidates_can_run(capability, scheme):
             assert plan.choose(shape, gpu) in found, name(shape)  # what is not tuned can be found by tuning
             assert any(candidate.path == "dequantize" for candidate in found) == (shape.bits == 16)
             assert any(candidate.path.startswith("wgmma") for candidate in found) == (
-                gpu.has_wgmma and m > (4 if shape.bits == 16 else 8) and shape.planes <= 8
+                gpu.has_wgmma and m > (16 if shape.bits == 16 else 8) and shape.planes <= 8
             )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,7 +233,29 @@ def test_missing_compiler_says_what_to_install(module, monkeypatch):
         jit.compile_cubin(*TINY)
 
 
-def test_compiler_version_changes_with_the_library(tmp_path, monkeypatch):
+@pytest.fixture
+def wheels(monkeypatch):
+    """The wheels that are installed, by name."""
+    installed = {"cuda-core": "1.2.2"}
+
+    def version(name):
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(jit, "version", version)
+    jit.compiler_version.cache_clear()
+    yield installed
+    jit.compiler_version.cache_clear()
+
+
+def test_compiler_version_is_that_of_its_wheel(wheels, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)  # its import would be most of a process's first call
+    wheels["nvidia-cuda-nvrtc"] = "13.5.37"
+    assert jit.compiler_version() == "cuda-core 1.2.2, nvidia-cuda-nvrtc 13.5.37"
+
+
+def test_compiler_version_changes_with_the_library(wheels, tmp_path, monkeypatch):
     from cuda import pathfinder
 
     library = tmp_path / "libnvrtc.so.13"
@@ -244,7 +267,6 @@ def test_compiler_version_changes_with_the_library(tmp_path, monkeypatch):
         os.utime(library, (seconds, seconds))
         jit.compiler_version.cache_clear()
         versions.add(jit.compiler_version())
-    jit.compiler_version.cache_clear()
     assert len(versions) == 3
 
 

@@ -72,6 +72,7 @@ def test_bucket():
         ("W4A8", 64, "wgmma"),
         ("W2A2", 64, "wgmma_b1"),
         ("W4A16", 16, "dequantize"),
+        ("W4A16", 1, "mma_f16"),
         ("W4A16", 64, "wgmma_f16"),
     ],
 )
@@ -342,7 +343,12 @@ def test_precompile_compiles_every_candidate_once(compiled, gpu):
         for stem, constants in [tune._kernel(candidate, one, torch.bfloat16, gpu)]
     }
     assert sorted(pool.jobs) == sorted((*job, "sm_x") for job in wanted)
-    stems = {"decode", "gemm_mma", *(["gemm_wgmma", "gemm_wgmma_b1", "gemm_wgmma_f16"] if gpu is H100 else [])}
+    stems = {
+        "decode",
+        "gemm_mma",
+        "gemm_mma_f16",
+        *(["gemm_wgmma", "gemm_wgmma_b1", "gemm_wgmma_f16"] if gpu is H100 else []),
+    }
     assert {stem for stem, _, _ in pool.jobs} == stems
     assert sorted((stem, json.dumps(constants)) for stem, _, constants, _ in compiled) == sorted(wanted)
     assert {constants["T"] for _, _, constants, _ in compiled} == {"bf16_t"}
@@ -355,8 +361,8 @@ def test_precompile_compiles_every_candidate_once(compiled, gpu):
         ("W2A2", 1, {"decode", "mma"}),
         ("W2A2", 40, {"decode", "mma", "wgmma", "wgmma_b1"}),
         ("W3A4g128", 20, {"decode", "mma", "wgmma"}),
-        ("W4A16g48", 2, {"decode"}),
-        ("W4A16g48", 20, {"decode", "wgmma_f16"}),
+        ("W4A16g48", 2, {"mma_f16"}),
+        ("W4A16g48", 20, {"mma_f16", "wgmma_f16"}),
     ],
 )
 def test_what_is_precompiled_is_what_a_run_loads(monkeypatch, scheme, m, paths):

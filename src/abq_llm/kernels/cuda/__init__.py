@@ -1,6 +1,7 @@
 """The GPU backend: bit-planes on tensor cores, compiled on demand.
 
-x -> `activations.quantize` -> codes -> `decode` | `gemm_mma` | `gemm_wgmma` -> y; `tune` knows which is the fastest
+x -> `activations.quantize` -> codes -> `decode` | `gemm_mma` | `gemm_wgmma` -> y, or x as it is -> `gemm_mma_f16` |
+`gemm_wgmma_f16` -> y; `tune` knows which is the fastest
 where `abq tune` has measured it, `plan` says which elsewhere.
 """
 
@@ -13,7 +14,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from abq_llm.kernels.cuda import activations, decode, dequantize, gemm_mma, gemm_wgmma, gemm_wgmma_f16, plan, tune
+from abq_llm.kernels.cuda import (
+    activations,
+    decode,
+    dequantize,
+    gemm_mma,
+    gemm_mma_f16,
+    gemm_wgmma,
+    gemm_wgmma_f16,
+    plan,
+    tune,
+)
 from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.layout import prepare as prepare
 from abq_llm.kernels.cuda.plan import Plan
@@ -71,13 +82,15 @@ def run(chosen: Plan, problem: Problem, x: Tensor, weight: list[Tensor], bias: T
     """`linear` by a given plan."""
     x = x.contiguous()
     tile = chosen.tile
-    floats = chosen.path == "wgmma_f16"
+    floats = chosen.path in ("mma_f16", "wgmma_f16")
     if tile is None or (floats and x.dtype == torch.float32):
         dense = dequantize.dequantize(weight, problem, x)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
     bias = None if bias is None else bias.float()
     if isinstance(tile, decode.Tile):
         return decode.run(tile, x, weight, bias, problem)
+    if isinstance(tile, gemm_mma_f16.Tile):
+        return gemm_mma_f16.run(tile, x, weight, bias, problem)
     if floats:
         assert isinstance(tile, gemm_wgmma.Tile)
         return gemm_wgmma_f16.run(tile, x, weight, bias, problem)

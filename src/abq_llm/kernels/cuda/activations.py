@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from abq_llm.kernels.cuda import jit, launch
+from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.problem import BLOCK, Problem
 
 MANY_TOKENS = 1024  # tiles of 8 that fill a GPU
 GROUP_TOTALS_LIMIT = 24 * 1024  # bytes of shared memory for a tile's sums over groups
+AT_ONCE = 4  # k-blocks of a tile of 8 tokens
+BUFFER_BYTES = 17 * 1024  # of shared memory: a tile's codes on their way out, at most, and what its warps share
 FEW_TOKENS = 64  # blocks, one a token, that leave room for larger ones
 TYPE_NAMES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "float"}
 FRAGMENTS, BYTES, PLANE_BYTES = 0, 1, 2  # layouts, as in the kernel
@@ -79,8 +82,15 @@ def quantize(
         **problem.columns(),
     }
     unpadded = problem.group_size == problem.group_padded
+    shared = 4 * problem.groups * (8 if many else 1) if group_sums else 0
     if many:
-        constants |= {"blocks": 4, "whole": unpadded and problem.k % BLOCK == 0}
+        tile_bytes = 8 * BLOCK * k_blocks * x.element_size()
+        needed, limit = tile_bytes + shared + BUFFER_BYTES, gpu(x.get_device()).shared_limit
+        shared += tile_bytes if needed <= limit else 0
+        parts = 2 if 2 * needed <= limit else 4  # few blocks of an SM have more warps
+        whole = unpadded and problem.k % BLOCK == 0
+        threads = 256 * parts
+        constants |= {"parts": parts, "blocks": AT_ONCE // parts, "kept": needed <= limit, "whole": whole}
     else:
         whole = unpadded and problem.k == 8 * threads * held
         constants |= {"columns": columns_per_token(bits), "threads": threads, "held": held, "whole": whole}
@@ -90,12 +100,12 @@ def quantize(
     launch.launch(
         kernel,
         (-(-m // 8) if many else m, 1, 1),
-        (256 if many else threads, 1, 1),
+        (threads, 1, 1),
         [
             *(x, other, float(epsilon), out.codes, out.scale, out.zero, sums, groups),
             *(m, problem.k, k_blocks, tiles, problem.groups),
         ],
-        shared_bytes=4 * problem.groups * (8 if many else 1) if group_sums else 0,
+        shared_bytes=shared,
         programmatic=True,
     )
     return out

@@ -21,6 +21,7 @@ STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 STATIC_LIMIT = 32 * 1024  # bytes of shared memory for sums; with what a fused token needs, a kernel may have 48 KiB
 # Bytes of an SM that may be under way before x is here: more delays the end of the kernel before, fewer waste bandwidth
 WINDOW_BYTES = 32 * 1024
+GROUPED_BYTES = 132 * 1024  # that leave room for blocks of the next kernel, which may then expect its weights
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 
 
@@ -151,10 +152,10 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
     share = -(-problem.row_tiles // sms) * problem.k_blocks * block_bytes(problem)  # bytes of an SM
     # Two blocks begin and end at different times, but each quantizes x; one may leave room for the next kernel's
     fuses = problem.m * problem.k_blocks <= FUSED_BLOCKS
-    few_rows = problem.m == 1 and problem.row_tiles <= 2 * sms
-    one = 2 * share <= shared_limit and not few_rows
-    one |= fuses and problem.m * problem.k_blocks > FUSED_TWICE_BLOCKS
-    warps = 16 if fuses and problem.m <= 2 and not few_rows else 8
+    little = problem.m * problem.k_blocks <= FUSED_TWICE_BLOCKS
+    small = little and problem.row_tiles <= 2 * sms
+    one = (2 * share <= shared_limit and not (small and problem.m == 1)) or (fuses and not little)
+    warps = 16 if fuses and problem.m <= 2 and not small else 8
 
     def preference(tile: Tile) -> tuple[float, ...]:
         steps = tile.rounds(problem, sms) * tile.x_blocks(problem)
@@ -169,11 +170,23 @@ def choose(problem: Problem, sms: int, shared_limit: int) -> Tile | None:
             tile.warps == warps,
             tile.warps,
             -abs(tile.stages - steps - 1),
-            -tile.stages,
+            tile.stages if small else -tile.stages,
             not tile.early,
         )
 
-    return max(tiles, key=preference) if tiles else None
+    def preference_grouped(tile: Tile) -> tuple[float, ...]:
+        taken = tile.blocks_per_sm * _shared(tile, problem)
+        return (
+            tile.fused == fuses,
+            tile.blocks_per_sm == 2,
+            tile.warps == 8,
+            tile.stages > 1,
+            taken <= GROUPED_BYTES,
+            tile.stages if taken <= GROUPED_BYTES else -tile.stages,
+            not tile.early,
+        )
+
+    return max(tiles, key=preference_grouped if problem.group_size else preference) if tiles else None
 
 
 def constants(tile: Tile, problem: Problem, dtype_name: str, aligned: bool, sms: int) -> dict[str, bool | int | str]:

@@ -20,12 +20,16 @@ SHARED_RESERVED = 1024  # of the multiprocessor's 228 KiB for each block on it
 UNIT = 4  # steps of 32 columns whose products start together, unless a group ends before
 TOKENS = (32, 48, 64, 96, 112, 128, 144, 160, 176, 192, 208, 240, 256)  # of wgmma's n, those worth a tile
 
-# Cycles of an H100's multiprocessor, fitted to measured products (see `cycles`)
+# Cycles of an H100's multiprocessor, fitted to measured products: of int8 ones without groups (see `_cycles`) ...
+RESULT_CYCLES = 11  # of a warpgroup's rows, for each token: results leave, and nothing is multiplied
+BYTES_CYCLES = 30  # of 64 rows x 256 columns: making bytes of one plane
+WAIT_CYCLES = 760  # of 256 columns, half of whose products are under way
+# ... and of the others (see `cycles`)
 START_CYCLES = 8800  # of a block: filling its stages and writing its results
 EXPAND_CYCLES = 42  # of 64 rows x 256 columns: making bytes of one plane
 GROUP_CYCLES, GROUP_TOKEN_CYCLES = 200, 1.85  # of 64 rows: adding the sums of a group, and for each token
 LATENCY_CYCLES = 760  # of 256 columns, for a warpgroup by itself: waiting for planes, for x and for its products
-OTHER_REGISTERS = 24  # of a consumer, for addresses and one step's bytes
+OTHER_REGISTERS = 16  # of a consumer, beside accumulators, bytes and planes
 LATENCY_CYCLES_B1 = 230  # fewer products to wait for
 
 
@@ -40,6 +44,7 @@ class Tile:
     stage_steps: int = 4
     weight_slots: int = 2  # of the weights' planes in shared memory, 256 columns each
     resident: int = 1  # blocks on a multiprocessor
+    tail: int = 0  # tokens of the parts into which the tiles of a last round are cut; 0: they are not
 
     @property
     def rows(self) -> int:
@@ -76,13 +81,14 @@ def _filled(tile: Tile, planes: int, x_planes: int | None = None) -> Tile | None
 
 
 def _fits_registers(tile: Tile, planes: int) -> bool:
-    """Whether a consumer's accumulators, planes and the rest fit the registers that `wgmma_tile.cuh` deals it. One
-    product must also fit what a thread starts with.
+    """Whether a consumer's accumulators, the bytes of two units and the planes fit the registers that `wgmma_tile.cuh`
+    deals it. One product must also fit what a thread starts with.
     """
     start = 65536 // tile.threads // 8 * 8
     dealt = (start * tile.threads - 24 * 128) // (tile.consumers * 128) // 8 * 8
     words = 1 << (planes - 1).bit_length()
-    return tile.tokens // 2 + 30 <= start and tile.tokens // 2 + 4 * words + OTHER_REGISTERS <= dealt
+    needed = tile.tokens // 2 + 2 * 4 * UNIT + 4 * words + OTHER_REGISTERS
+    return tile.tokens // 2 + 30 <= start and needed <= dealt
 
 
 def takes_groups(planes: int, group_size: int) -> bool:
@@ -101,20 +107,29 @@ def token_counts(m: int) -> list[int]:
     return [tokens for i, tokens in enumerate(TOKENS) if i == 0 or blocks[i] < blocks[i - 1]]
 
 
-def candidates(m: int, planes: int, group_words: int = 0) -> list[Tile]:
-    """Every int8 tile worth timing for m tokens; `group_words` 0 is per channel."""
+def _with_tail(tile: Tile, m: int, n: int, sms: int) -> Tile:
+    """Tiles left for a last round are cut into parts for all multiprocessors, if each has two parts or more."""
+    count = tile.count(m, n)
+    if count <= sms or not count % sms:
+        return tile
+    parts = sms // (count % sms)
+    divisors = (tokens for tokens in range(32, tile.tokens, 16) if tile.tokens % tokens == 0)
+    return replace(tile, tail=next((tokens for tokens in divisors if tile.tokens // tokens <= parts), 0))
+
+
+def candidates(m: int, n: int, planes: int, sms: int, group_words: int = 0) -> list[Tile]:
+    """Every int8 tile worth timing for m tokens and n rows; `group_words` 0 is per channel."""
     tiles = []
     for tokens in token_counts(m):
         if group_words and tokens > _grouped_tokens(planes, group_words):
             continue
         steps = 4 if tokens > 64 else 8
         tiles.append(Tile(tokens, stage_steps=steps))
-        if not group_words:  # more rows, so that x is read less often
-            taller = [Tile(tokens, consumers, stage_steps=steps) for consumers in (3, 4)]
-            tiles += [tile for tile in taller if _fits_registers(tile, planes)]
-        if 96 <= tokens <= 128 and not group_words:
-            tiles.append(Tile(tokens, 1, 2, stage_steps=steps, resident=2))
-    return [filled for tile in tiles if (filled := _filled(tile, planes))]
+        taller = Tile(tokens, 3, stage_steps=steps)  # more rows, so that x is read less often
+        if not group_words and _fits_registers(taller, planes):
+            tiles.append(taller)
+    cut = [_with_tail(tile, m, n, sms) for tile in tiles]
+    return [filled for tile in cut if (filled := _filled(tile, planes))]
 
 
 def candidates_b1(m: int, planes: int, x_planes: int) -> list[Tile]:
@@ -137,28 +152,47 @@ def cycles(
 ) -> float:
     """An estimate of the product's time on a multiprocessor's clock. `products` of a warpgroup do 256 columns.
 
-    Blocks come in rounds of `resident`. In a k-block, what a multiprocessor's warpgroups do, expanding weights,
-    multiplying and adding groups, hardly overlaps; with little work, the round takes as long as one warpgroup's waits.
+    In a k-block, what a multiprocessor's warpgroups do, expanding weights, multiplying and adding groups, hardly
+    overlaps; with little work, the round takes as long as one warpgroup's waits.
     """
     products = products if x_planes is None else planes * x_planes
     expand = EXPAND_CYCLES * planes if x_planes is None else 0
-    groups = 8 / group_words * (GROUP_CYCLES + GROUP_TOKEN_CYCLES * tile.tokens) if group_words else 0
-    work = tile.slabs * (products * tile.tokens / 2 + expand + groups)  # of a warpgroup, per k-block
-    alone = work + (LATENCY_CYCLES if x_planes is None else LATENCY_CYCLES_B1)
 
-    def round_of(blocks: int) -> float:
-        return START_CYCLES + k_blocks * max(blocks * tile.consumers * work, alone) if blocks else 0
+    def round_of(tokens: int) -> float:
+        groups = 8 / group_words * (GROUP_CYCLES + GROUP_TOKEN_CYCLES * tokens) if group_words else 0
+        work = products * tokens / 2 + expand + groups  # of a warpgroup, per k-block
+        alone = work + (LATENCY_CYCLES if x_planes is None else LATENCY_CYCLES_B1)
+        return START_CYCLES + k_blocks * max(tile.consumers * work, alone)
 
-    full_rounds, rest = divmod(-(-tile.count(m, n) // sms), tile.resident)
-    return full_rounds * round_of(tile.resident) + round_of(rest)
+    full_rounds, rest = divmod(tile.count(m, n), sms)
+    return full_rounds * round_of(tile.tokens) + (round_of(tile.tail or tile.tokens) if rest else 0)
+
+
+def _cycles(tile: Tile, m: int, n: int, k_blocks: int, planes: int, sms: int) -> float:
+    """The same for int8 products without groups.
+
+    In a k-block, the tensor cores are busy all the time; or half of its products run, and in the time of the other half
+    the planes of the next k-block are waited for and become bytes.
+    """
+
+    def round_of(tokens: int) -> float:
+        products = tile.consumers * 8 * tokens / 2
+        waits = products / 2 + tile.consumers * BYTES_CYCLES * planes + WAIT_CYCLES
+        return tile.consumers * RESULT_CYCLES * tokens + k_blocks * max(products, waits)
+
+    full_rounds, rest = divmod(tile.count(m, n), sms)
+    return full_rounds * round_of(tile.tokens) + (round_of(tile.tail or tile.tokens) if rest else 0)
 
 
 def choose(m: int, n: int, k_blocks: int, planes: int, sms: int, group_words: int = 0) -> Tile:
     """The int8 tile with the least estimate. x must have been padded to a multiple of its `tokens`."""
-    return min(
-        candidates(m, planes, group_words),
-        key=lambda tile: cycles(tile, m, n, k_blocks, planes, sms, group_words=group_words),
-    )
+
+    def estimate(tile: Tile) -> float:
+        if group_words:
+            return cycles(tile, m, n, k_blocks, planes, sms, group_words=group_words)
+        return _cycles(tile, m, n, k_blocks, planes, sms)
+
+    return min(candidates(m, n, planes, sms, group_words), key=estimate)
 
 
 def choose_b1(m: int, n: int, k_blocks: int, planes: int, x_planes: int, sms: int) -> Tile:
@@ -185,6 +219,7 @@ def constants(
         "stage_steps": tile.stage_steps,
         "weight_slots": tile.weight_slots,
         "resident": tile.resident,
+        "tail": tile.tail,
         "unit": UNIT,
         "grouped": group_words > 0,
         "group_words": group_words or UNIT,

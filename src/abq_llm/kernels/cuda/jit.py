@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from abq_llm.kernels.cuda import driver
 
 SOURCES = Path(__file__).parent / "src"
 STANDARD = "c++17"
+NVRTC_WHEELS = "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"
 MAGIC = b"abq kernel 1\n"  # the version of the entries' format; it is part of the key, too
 
 Constants = Mapping[str, bool | int | str]
@@ -169,16 +170,26 @@ def _nvrtc(source: str, expression: str, arch: str) -> tuple[bytes, str]:
 def compiler_version() -> str:
     """What tells one compiler from another, in milliseconds: neither is imported before there is something to compile.
 
-    NVRTC is known by its file, whose version has no patch level.
+    NVRTC comes from its wheel if there is one; else it is known by its file, whose version has no patch level.
     """
     try:
-        from cuda.pathfinder import load_nvidia_dynamic_lib
+        names = "cuda-core", *(name for name in NVRTC_WHEELS if _is_installed(name))
+        known = ", ".join(f"{name} {version(name)}" for name in names)
+        if len(names) > 1:
+            return known
+        from cuda.pathfinder import load_nvidia_dynamic_lib  # this import takes longer than everything else here
 
         library = os.stat(load_nvidia_dynamic_lib("nvrtc").abs_path)
-        core = version("cuda-core")
     except (ImportError, RuntimeError) as error:
         raise _no_compiler(error) from error
-    return f"cuda-core {core}, NVRTC of {library.st_size} bytes, {library.st_mtime_ns}"
+    return f"{known}, NVRTC of {library.st_size} bytes, {library.st_mtime_ns}"
+
+
+def _is_installed(wheel: str) -> bool:
+    try:
+        return bool(version(wheel))
+    except PackageNotFoundError:
+        return False
 
 
 def _no_compiler(error: Exception) -> AbqError:

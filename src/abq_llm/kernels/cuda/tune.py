@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from abq_llm.errors import AbqError
-from abq_llm.kernels.cuda import activations, decode, gemm_mma, gemm_wgmma, gemm_wgmma_f16, jit, plan
+from abq_llm.kernels.cuda import activations, decode, gemm_mma, gemm_mma_f16, gemm_wgmma, gemm_wgmma_f16, jit, plan
 from abq_llm.kernels.cuda.gpus import Gpu
 from abq_llm.kernels.cuda.plan import Plan
 from abq_llm.kernels.cuda.problem import Problem
@@ -33,6 +33,7 @@ EXACT_TOKENS = 16  # up to which every number of tokens has a plan of its own
 TILES = {
     "decode": decode.Tile,
     "mma": gemm_mma.Tile,
+    "mma_f16": gemm_mma_f16.Tile,
     "wgmma": gemm_wgmma.Tile,
     "wgmma_b1": gemm_wgmma.Tile,
     "wgmma_f16": gemm_wgmma.Tile,
@@ -253,6 +254,8 @@ def _kernel(candidate: Plan, problem: Problem, dtype: torch.dtype, gpu: Gpu) -> 
     tile, words, grouped = candidate.tile, problem.group_words, problem.group_size > 0
     if isinstance(tile, decode.Tile):
         return "decode", decode.constants(tile, problem, activations.TYPE_NAMES[dtype], problem.in_fours, gpu.sms)
+    if isinstance(tile, gemm_mma_f16.Tile):
+        return "gemm_mma_f16", gemm_mma_f16.constants(tile, problem, dtype, gpu.shared_limit)
     if isinstance(tile, gemm_mma.Tile):
         return "gemm_mma", gemm_mma.constants(
             tile, problem.planes, dtype, words, zero_point=grouped, programmatic=True, shared_limit=gpu.shared_limit

@@ -21,6 +21,11 @@ __device__ inline void barrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// When this thread's `copy_async_16`s so far are done
+__device__ inline void copy_async_arrive(unsigned barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ inline unsigned long long nanoseconds() {
     unsigned long long now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
@@ -52,6 +57,16 @@ __device__ inline void named_barrier(int name, int threads) {
 __device__ inline void named_barrier_arrive(int name, int threads) {  // without waiting
     asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
+
+// A place in a ring of `size` buffers, each with a barrier "full" and one "empty", and the parity of its present round
+template <int size> struct Place {
+    int index = 0;
+    unsigned parity = 0;
+    __device__ void advance() {
+        if (++index == size) index = 0, parity ^= 1;
+    }
+    __device__ int previous() const { return index == 0 ? size - 1 : index - 1; }
+};
 
 // --------------------------------------------------------------------------------------------------------------- copies
 // `bytes` and both addresses are multiples of 16; the barrier counts the bytes.

@@ -31,6 +31,9 @@ template <> __device__ inline bf16_t from_float<bf16_t>(float x) {
     return y;
 }
 
+template <bool condition, class A, class B> struct Either { using type = A; };
+template <class A, class B> struct Either<false, A, B> { using type = B; };
+
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 __device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
@@ -64,6 +67,8 @@ __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group
 template <int pending> __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
+
+__device__ inline void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Whether a copy engine fills shared memory (bulk.cuh)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

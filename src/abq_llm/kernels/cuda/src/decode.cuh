@@ -75,7 +75,7 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
 #pragma unroll
             for (int s = 0; s < C::stages; s++) {
                 barrier_init(shared_address(&full[s]), 1);
-                barrier_init(shared_address(&empty[s]), C::warps);
+                barrier_init(shared_address(&empty[s]), 32 * C::warps);
             }
             barrier_init_fence();
         }
@@ -278,10 +278,7 @@ template <class C> __global__ void __launch_bounds__(DecodeShape<C>::threads, C:
                     if constexpr (!has_bulk_copies) __syncwarp();  // all lanes have read the table
                 }
                 if constexpr (has_bulk_copies) {
-                    if constexpr (C::refill) {
-                        __syncwarp();  // all lanes have read the stage
-                        if (lane == 0 && row_tile < row_tiles) barrier_arrive(shared_address(&empty[stage]));
-                    }
+                    if (C::refill && row_tile < row_tiles) barrier_arrive(shared_address(&empty[stage]));
                 } else if constexpr (C::refill) {
                     constexpr int ahead = C::stages;
                     load(stage, row_tile + (b + ahead) / C::x_blocks * gridDim.x, (b + ahead) % C::x_blocks);

@@ -29,12 +29,11 @@ template <class C> struct BinaryProducts {
                 load_shared_4(shared.weight(slot.index) + row_tile * Shape::tile_bytes + p * 512 + lane * 16);
             a[p][0] = plane.x, a[p][1] = plane.y, a[p][2] = plane.z, a[p][3] = plane.w;
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.weight_empty(slot.index));
-        slot.advance();
 
         barrier_wait<C::debug>(shared.x_full(stage.index), stage.parity);
         wgmma_fence();
+        shared.release_weight(slot.index);  // the planes have come: only now may the copy engine overwrite them
+        slot.advance();
 #pragma unroll
         for (int q = 0; q < C::x_planes; ++q) {
             const unsigned long long b =
@@ -105,10 +104,9 @@ __global__ void __launch_bounds__(BinaryShape<C>::threads, C::resident)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) sums[i] += products.acc[s][4 * j + i] << s;
                 }
-                per_channel<C::tokens>(results, sums, rows, shared.token_data(buffer.index, j, lane));
+                per_channel(results, sums, rows, TokenPair<C::tokens>(shared.token_data(buffer.index, j, lane)));
             });
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared.tokens_empty(buffer.index));
+            shared.release_tokens(buffer.index);
         }
     }
 }

@@ -6,44 +6,16 @@
 // x comes as `x_tiles` writes it. A lane has four neighbouring columns of the weight in a word, columns 4t .. 4t+3 of 16; the
 // product wants 2t, 2t+1, 2t+8, 2t+9 of it. The order of columns is free as long as both have the same: x is in that order.
 #pragma once
+#include "pairs.cuh"
 #include "wgmma_weights.cuh"
 
 template <class C> using FloatShape = Tile<C, 32, 4 * C::stage_steps, 0>;
 
-// Pairs of T in a word. q < 1024 (128 for bf16) in the low bits of `base` is base + q.
-template <class T> struct Pairs;
-template <> struct Pairs<half_t> {
-    static constexpr unsigned base = 0x64006400;
-    static __device__ unsigned subtract(unsigned a, unsigned b) {
-        asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-        return a;
-    }
-    static __device__ unsigned multiply(unsigned a, unsigned b) {
-        asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-        return a;
-    }
-    template <int n> static __device__ void product(int (&d)[n], const unsigned (&a)[4], unsigned long long b, int accumulate) {
-        Wgmma<2 * n>::f16(d, a, b, accumulate);
-    }
-};
-template <> struct Pairs<bf16_t> {
-    static constexpr unsigned base = 0x43004300;
-    static __device__ unsigned subtract(unsigned a, unsigned b) {
-        asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-        return a;
-    }
-    static __device__ unsigned multiply(unsigned a, unsigned b) {
-        asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-        return a;
-    }
-    template <int n> static __device__ void product(int (&d)[n], const unsigned (&a)[4], unsigned long long b, int accumulate) {
-        Wgmma<2 * n>::bf16(d, a, b, accumulate);
-    }
-};
-
-// Bytes 0 and 1 (half 0) or 2 and 3 (half 1) of four codes, centered
-template <class T> __device__ inline unsigned centered_pair(unsigned codes, int half, unsigned zero) {
-    return Pairs<T>::subtract(__byte_perm(codes, Pairs<T>::base, half ? 0x5352 : 0x5150), zero);
+template <int n> __device__ inline void float_product(half_t, int (&d)[n], const unsigned (&a)[4], unsigned long long b, int accumulate) {
+    Wgmma<2 * n>::f16(d, a, b, accumulate);
+}
+template <int n> __device__ inline void float_product(bf16_t, int (&d)[n], const unsigned (&a)[4], unsigned long long b, int accumulate) {
+    Wgmma<2 * n>::bf16(d, a, b, accumulate);
 }
 
 // Arguments as of `gemm_wgmma`, x as [KB][32 chunks][MT][8 tokens][8 columns]
@@ -60,6 +32,7 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
     const Shared<C, Shape> shared{shared_address(dynamic_shared)};
     const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     Tiles<C, Shape> tiles(M, N);
+    const unsigned base = unknown_constant(Pairs<T>::base);
 
     shared.init_together();
     if (warpgroup == C::consumers) {
@@ -86,7 +59,7 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
                 } else {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        zeros[slab][e] = Pairs<T>::base + unsigned(__ldg(w_zero + row + 8 * e)) * 0x10001u;
+                        zeros[slab][e] = zero_pair<T>(__ldg(w_zero + row + 8 * e));
                     }
                 }
             }
@@ -95,9 +68,6 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
                 Planes<C> planes;
                 barrier_wait<C::debug>(shared.weight_full(slot.index), slot.parity);
                 planes.load(shared.weight(slot.index) + row_tile * Shape::tile_bytes, lane);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(shared.weight_empty(slot.index));
-                slot.advance();
 
 #pragma unroll
                 for (int first = 0; first < 8; first += unit) {  // steps of 32 columns
@@ -109,7 +79,7 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
                                 group_rows[slab].start();
 #pragma unroll
                                 for (int e = 0; e < 2; ++e) {
-                                    zeros[slab][e] = Pairs<T>::base + unsigned(group_rows[slab].zeros[e]) * 0x10001u;
+                                    zeros[slab][e] = zero_pair<T>(group_rows[slab].zeros[e]);
                                     scales[slab][e] = pair<T>(group_rows[slab].scales[e], group_rows[slab].scales[e]);
                                 }
                             }
@@ -120,11 +90,15 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
 #pragma unroll
                             for (int r = 0; r < 4; ++r) {
                                 const unsigned codes = codes_of_step(planes.words[slab][i % 2 * 2 + r % 2], first + i / 2);
-                                a[slab][i][r] = centered_pair<T>(codes, r / 2, zeros[slab][r % 2]);
+                                a[slab][i][r] = centered_pair<T>(codes, r / 2, zeros[slab][r % 2], base);
                                 if constexpr (C::grouped) a[slab][i][r] = Pairs<T>::multiply(a[slab][i][r], scales[slab][r % 2]);
                             }
                             wgmma_fence_registers(a[slab][i]);  // made before the turn comes
                         }
+                    }
+                    if (first == 0) {  // all planes have come: only now may the copy engine overwrite them
+                        shared.release_weight(slot.index);
+                        slot.advance();
                     }
                     if (first % C::stage_steps == 0) barrier_wait<C::debug>(shared.x_full(stage.index), stage.parity);
 
@@ -136,7 +110,7 @@ __global__ void __launch_bounds__(FloatShape<C>::threads, C::resident)
                         const unsigned long long b = core_matrices(
                             shared.x(stage.index) + chunk * Shape::chunk_bytes, Shape::chunk_bytes, 128);
 #pragma unroll
-                        for (int slab = 0; slab < C::slabs; ++slab) Pairs<T>::product(acc[slab], a[slab][i], b, accumulate);
+                        for (int slab = 0; slab < C::slabs; ++slab) float_product(T(), acc[slab], a[slab][i], b, accumulate);
                         accumulate = 1;
                     }
                     wgmma_commit();

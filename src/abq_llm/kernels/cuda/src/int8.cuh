@@ -6,7 +6,9 @@
 //     word[plane] bit step   ->   word[step] bit plane          (8 planes x 8 steps, 4 bytes at a time)
 //
 // done like every transposition of a power of two: exchange one bit of the two indices at a time, two instructions (a shift and
-// a LOP3) per word. With fewer than 8 planes it stops early: a word then holds 8 / planes steps, one mask apart.
+// a LOP3) per word. With fewer than 8 planes it stops early: a word then holds 8 / planes steps, one mask apart. With 8, the
+// last exchange is left for when a step is wanted: a product still under way keeps its operand, not the words, from being
+// overwritten (see `wgmma_wait`).
 //
 //     instructions per 4 weights      1 plane 1.9   2 planes 2.3   4 planes 3.5   8 planes 6
 //     one plane after the other       1 plane 1.9   2 planes 3.8   4 planes 7.5   8 planes 15
@@ -45,11 +47,15 @@ template <int distance, int planes, int words> __device__ inline void exchange_i
 template <int planes, int words> __device__ inline void planes_to_steps(unsigned (&word)[words]) {
     if constexpr (words >= 2) exchange_index_bit<1, planes>(word);
     if constexpr (words >= 4) exchange_index_bit<2, planes>(word);
-    if constexpr (words >= 8) exchange_index_bit<4, planes>(word);
 }
 
 // The four codes of `step` (0..7), one a byte
 template <int words> __device__ inline unsigned codes_of_step(const unsigned (&word)[words], int step) {
-    constexpr unsigned field = 0x01010101u * ((1u << words) - 1);
-    return (word[step % words] >> (step - step % words)) & field;
+    if constexpr (words == 8) {
+        const unsigned first = word[step % 4], second = word[step % 4 + 4];
+        return step < 4 ? select_bits(0x0F0F0F0Fu, first, second << 4) : select_bits(0x0F0F0F0Fu, first >> 4, second);
+    } else {
+        constexpr unsigned field = 0x01010101u * ((1u << words) - 1);
+        return (word[step % words] >> (step - step % words)) & field;
+    }
 }

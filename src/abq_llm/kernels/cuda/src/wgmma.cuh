@@ -28,9 +28,9 @@ __device__ inline unsigned long long core_matrices(unsigned address, int bytes_a
 // Before a product, after other instructions wrote its registers
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most `pending` of the latest groups still run. A product in flight still reads its A. In straight code ptxas keeps
-// those registers until the wait; across the back edge of a loop it does not (13.0 and 13.5 gave them away in the SASS of the
-// int8 kernel for 5 planes and more), so loops end with nothing in flight. The other warpgroups have work meanwhile.
+// Until at most `pending` of the latest groups still run. A product in flight still reads its A. ptxas keeps those registers until
+// the wait in straight code, if they hold values made there. It gave them away (seen in the SASS) across the back edge of a loop
+// (13.0 and 13.5), and where A had come round that edge as it was (13.0). So loops end with nothing in flight, and make their A.
 template <int pending> __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }

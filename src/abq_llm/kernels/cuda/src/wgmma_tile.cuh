@@ -51,16 +51,6 @@ template <class T> constexpr int out_tokens = 32 / sizeof(T);
 constexpr int out_bytes = 2 * 16 * (16 * 2 + 16);  // of a warp
 static_assert(2 * out_tokens<float> * out_pitch<float> <= out_bytes);
 
-// A place in a ring of `size` buffers, each with a barrier "full" and one "empty", and the parity of its present round
-template <int size> struct Place {
-    int index = 0;
-    unsigned parity = 0;
-    __device__ void advance() {
-        if (++index == size) index = 0, parity ^= 1;
-    }
-    __device__ int previous() const { return index == 0 ? size - 1 : index - 1; }
-};
-
 template <class C, class Shape> struct Shared {
     unsigned base;
     __device__ unsigned x_full(int stage) const { return base + stage * 8; }
@@ -82,11 +72,11 @@ template <class C, class Shape> struct Shared {
         }
         for (int i = 0; i < C::weight_slots; ++i) {
             barrier_init(weight_full(i), 1);
-            barrier_init(weight_empty(i), consumer_warps);
+            barrier_init(weight_empty(i), 32 * consumer_warps);
         }
         for (int i = 0; i < 2; ++i) {
             barrier_init(tokens_full(i), 1);
-            barrier_init(tokens_empty(i), consumer_warps);
+            barrier_init(tokens_empty(i), 32 * consumer_warps);
         }
         barrier_init_fence();
     }
@@ -99,7 +89,11 @@ template <class C, class Shape> struct Shared {
     // Where this warp's results are on their way out
     __device__ unsigned out() const { return base + Shape::out_offset + threadIdx.x / 32 * out_bytes; }
 
-    // A warp has done with a stage.
+    // A thread has read what it wants of a slot, or of the tokens' data.
+    __device__ void release_weight(int slot) const { barrier_arrive(weight_empty(slot)); }
+    __device__ void release_tokens(int buffer) const { barrier_arrive(tokens_empty(buffer)); }
+
+    // A warp's products have read a stage.
     __device__ void release_x(int stage, int lane) const {
         if (lane == 0) barrier_arrive(x_empty(stage));
     }
@@ -125,30 +119,41 @@ template <class C> struct Turns {
     }
 };
 
-// The tiles of y of this block, one after the other: first all rows of the first tokens
+// The tiles of y of this block, one after the other: first all rows of the first tokens. Those that would make a last round
+// with few blocks are cut into parts of C::tail tokens, for more blocks; with tail 0, they are not.
 template <class C, class Shape> struct Tiles {
-    int index, row_blocks, count;
+    static constexpr int parts = C::tail ? C::tokens / (C::tail ? C::tail : 1) : 1;
+    static_assert(C::tail == 0 || (C::tail % 16 == 0 && C::tokens % C::tail == 0));
+    int index, row_blocks, whole, count;
     __device__ Tiles(int M, int N) : index(blockIdx.x), row_blocks(ceil_div(N, Shape::rows)) {
-        count = row_blocks * ceil_div(M, C::tokens);
+        const int tiles = row_blocks * ceil_div(M, C::tokens);
+        whole = C::tail ? tiles / gridDim.x * gridDim.x : tiles;
+        count = whole + (tiles - whole) * parts;
     }
     __device__ bool any() const { return index < count; }
+    __device__ bool any_whole() const { return index < whole; }
     __device__ void advance() { index += gridDim.x; }
-    __device__ int row_tile0() const { return index % row_blocks * Shape::row_tiles; }
-    __device__ int token0() const { return index / row_blocks * C::tokens; }
+    __device__ int row_tile0() const { return tile() % row_blocks * Shape::row_tiles; }
+    __device__ int token0() const { return tile() / row_blocks * C::tokens + part() * C::tail; }
+    __device__ int tokens() const { return C::tail && !any_whole() ? C::tail : C::tokens; }
+
+  private:
+    __device__ int tile() const { return any_whole() ? index : whole + (index - whole) / parts; }
+    __device__ int part() const { return any_whole() ? 0 : (index - whole) % parts; }
 };
 
-// x of one tile: KB k-blocks from `x` on; `chunk_stride` bytes lie between chunks in global memory.
+// x of `tokens` tokens: KB k-blocks from `x` on; `chunk_stride` bytes lie between chunks in global memory.
 template <class C, class Shape>
 __device__ inline void produce_x(const Shared<C, Shape>& shared, Place<C::stages>& place, const unsigned char* x,
-                                 size_t chunk_stride, int KB, int lane) {
+                                 size_t chunk_stride, int tokens, int KB, int lane) {
+    const int chunk_bytes = tokens * 16;
     for (int stage = 0; stage < KB * Shape::stages_per_block; ++stage) {
         const unsigned full = shared.x_full(place.index);
         barrier_wait<C::debug>(shared.x_empty(place.index), place.parity ^ 1);
-        if (lane == 0) barrier_arrive_expecting(full, Shape::stage_bytes);
+        if (lane == 0) barrier_arrive_expecting(full, Shape::chunks_per_stage * chunk_bytes);
         __syncwarp();
         if (lane < Shape::chunks_per_stage) {
-            bulk_copy(shared.x(place.index) + lane * Shape::chunk_bytes, x + lane * chunk_stride, Shape::chunk_bytes,
-                      full);
+            bulk_copy(shared.x(place.index) + lane * chunk_bytes, x + lane * chunk_stride, chunk_bytes, full);
         }
         x += Shape::chunks_per_stage * chunk_stride;
         place.advance();
@@ -174,11 +179,11 @@ __device__ inline void produce_weights(const Shared<C, Shape>& shared, Place<C::
     }
 }
 
-// scale, zero point and sum of the tile's tokens, to shared memory
+// scale, zero point and sum of `tokens` tokens, to shared memory
 template <class C, class Shape>
 __device__ inline void produce_token_data(const Shared<C, Shape>& shared, const Place<2>& place, const float* scale,
-                                          const int* zero, const int* sum, int token0) {
-    constexpr int bytes = C::tokens * 4;
+                                          const int* zero, const int* sum, int token0, int tokens) {
+    const int bytes = tokens * 4;
     const unsigned to = shared.token_data(place.index), full = shared.tokens_full(place.index);
     barrier_wait<C::debug>(shared.tokens_empty(place.index), place.parity ^ 1);
     barrier_arrive_expecting(full, Shape::token_words * bytes);
@@ -199,7 +204,7 @@ __device__ inline void produce(const Shared<C, Shape>& shared, Tiles<C, Shape> t
         if constexpr (C::programmatic) grid_dependency_wait();
         for (Place<C::stages> place; tiles.any(); tiles.advance()) {
             const unsigned char* from = x + size_t(tiles.token0()) * 16;
-            produce_x(shared, place, from, size_t(MT) * 128, KB, lane);
+            produce_x(shared, place, from, size_t(MT) * 128, tiles.tokens(), KB, lane);
         }
     } else if (warp == 1) {
         for (Place<C::weight_slots> place; tiles.any(); tiles.advance())
@@ -207,7 +212,7 @@ __device__ inline void produce(const Shared<C, Shape>& shared, Tiles<C, Shape> t
     } else if (Shape::token_words > 0 && warp == 2 && lane == 0) {
         if constexpr (C::programmatic) grid_dependency_wait();
         for (Place<2> place; tiles.any(); tiles.advance(), place.advance())
-            produce_token_data(shared, place, x_scale, x_zero, x_sum, tiles.token0());
+            produce_token_data(shared, place, x_scale, x_zero, x_sum, tiles.token0(), tiles.tokens());
     }
 }
 
@@ -248,35 +253,43 @@ template <class T> __device__ inline void store_out(unsigned at, int lane, const
     }
 }
 
-// 16 bytes to y[m, n ...], as far as they are inside. The lanes of a token write whole sectors of 32 bytes.
-template <class T> __device__ inline void store_16_bytes(uint4 value, T* y, int m, int n, int M, int N) {
-    constexpr int width = 16 / sizeof(T);
-    if (m >= M) return;
-    T* to = y + size_t(m) * N + n;
-    if (N % width == 0 && n + width <= N) {
-        *reinterpret_cast<uint4*>(to) = value;
-    } else {
-        const unsigned words[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            if (n + i >= N) continue;
-            if constexpr (sizeof(T) == 2) {
-                to[i].bits = (unsigned short)(words[i / 2] >> i % 2 * 16);
-            } else {
-                to[i] = __uint_as_float(words[i]);
-            }
+// The first `count` of 16 bytes of results, one by one
+template <class T> __device__ inline void store_some(uint4 value, T* to, int count) {
+    constexpr int width = 16 / sizeof(T), bits = 8 * sizeof(T);
+#pragma unroll 1
+    for (int i = 0; i < min(count, width); ++i) {
+        if constexpr (sizeof(T) == 2) {
+            to[i].bits = (unsigned short)(value.x);
+        } else {
+            to[i] = __uint_as_float(value.x);
         }
+        value.x = __funnelshift_rc(value.x, value.y, bits), value.y = __funnelshift_rc(value.y, value.z, bits);
+        value.z = __funnelshift_rc(value.z, value.w, bits), value.w = __funnelshift_rc(value.w, 0, bits);
     }
 }
 
 // Writes 16 rows, from n0 on, of a warp's results: value(j, y) gives those that this lane has of tokens 8j .. 8j+7. They go by
-// the warp's `out` in shared memory, a few tokens at a time; no other warp is waited for.
+// the warp's `out` in shared memory, a few tokens at a time; no other warp is waited for. The lanes of a token write whole
+// sectors of 32 bytes.
 template <int tokens, class T, class Value>
 __device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0, int M, int N, Value value) {
-    constexpr int parts = 16 * sizeof(T) / 16;  // lanes of a token
-    static_assert(32 / parts == out_tokens<T>);
-    const int lane = threadIdx.x % 32, m = token0 + lane / parts, n = n0 + lane % parts * (16 / sizeof(T));
+    constexpr int width = 16 / sizeof(T), parts = 16 / width;  // rows of a lane; lanes of a token
+    static_assert(32 / parts == out_tokens<T> && tokens % out_tokens<T> == 0);
+    const int lane = threadIdx.x % 32, m = token0 + lane / parts, n = n0 + lane % parts * width;
+    const int left = n < N ? M - m : 0;   // tokens from m on
+    const bool aligned = N % width == 0;  // then n < N stands for all rows of the lane
+    T* to = y + size_t(m) * N + n;
     uint4 leaving;
+    auto store = [&](int first) {
+        if (first < left) {
+            if (aligned) {
+                *reinterpret_cast<uint4*>(to) = leaving;
+            } else {
+                store_some(leaving, to, N - n);
+            }
+        }
+        to += size_t(out_tokens<T>) * N;
+    };
     __syncwarp();  // what was written before has left
 #pragma unroll
     for (int first = 0; first < tokens; first += out_tokens<T>) {
@@ -287,36 +300,47 @@ __device__ __forceinline__ void write_out(unsigned out, T* y, int token0, int n0
             value((first + i) / 8, results);
             store_out<T>(buffer + i * out_pitch<T>, lane, results);
         }
-        if (first > 0) store_16_bytes(leaving, y, m + first - out_tokens<T>, n, M, N);
+        if (first > 0) store(first - out_tokens<T>);
         __syncwarp();
         leaving = load_shared_4(buffer + lane / parts * out_pitch<T> + lane % parts * 16);
     }
-    store_16_bytes(leaving, y, m + tokens - out_tokens<T>, n, M, N);
+    store(tokens - out_tokens<T>);
 }
 
 // Per channel: what is known of one row n, and the result for one token
 struct Row {
     float scale, bias;
-    int zero, centered_sum;
+    int minus_zero, minus_centered_sum;
     __device__ Row(int n, const float* w_scale, const int* w_zero, const int* w_centered_sum, const float* b, int N) {
         const int last = min(n, N - 1);
-        scale = __ldg(w_scale + last), zero = __ldg(w_zero + last), centered_sum = __ldg(w_centered_sum + last);
-        bias = b ? __ldg(b + last) : -0.0f;  // y + -0 = y
+        scale = __ldg(w_scale + last), minus_zero = -__ldg(w_zero + last), minus_centered_sum = -__ldg(w_centered_sum + last);
+        asm volatile("" : "+r"(minus_zero), "+r"(minus_centered_sum));  // or it would negate them for every token
+        bias = b ? __ldg(b + last) : -0.0f;                             // y + -0 = y
     }
+    // As `output_per_channel`, in two multiply-adds
     __device__ float result(int product, float x_scale, int x_zero, int x_sum) const {
-        return __fadd_rn(output_per_channel(product, zero, centered_sum, scale, x_zero, x_sum, x_scale), bias);
+        const unsigned sum = unsigned(product) + unsigned(minus_zero) * unsigned(x_sum);
+        const unsigned value = sum + unsigned(minus_centered_sum) * unsigned(x_zero);
+        return __fadd_rn(__fmul_rn(__fmul_rn(float(int(value)), scale), x_scale), bias);
     }
 };
 
-// Per channel: results for rows n, n + 8 and tokens m, m + 1 from their products; `token_data` is where token m's scale lies
+// Scales, zero points and sums of two of a tile's tokens. `token_data`: where the first one's scale lies
+template <int tokens> struct TokenPair {
+    int2 scale, zero, sum;
+    __device__ explicit TokenPair(unsigned token_data)
+        : scale(load_shared_2(token_data)),
+          zero(load_shared_2(token_data + tokens * 4)),
+          sum(load_shared_2(token_data + tokens * 8)) {}
+};
+
+// Per channel: results for rows n, n + 8 and two tokens from their products
 template <int tokens>
-__device__ inline void per_channel(float (&y)[4], const int (&products)[4], const Row (&rows)[2], unsigned token_data) {
-    const int2 scale = load_shared_2(token_data);
-    const int2 zero = load_shared_2(token_data + tokens * 4);
-    const int2 sum = load_shared_2(token_data + tokens * 8);
+__device__ inline void per_channel(float (&y)[4], const int (&products)[4], const Row (&rows)[2],
+                                   const TokenPair<tokens>& pair) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        y[i] = rows[i / 2].result(products[i], __int_as_float(i % 2 ? scale.y : scale.x), i % 2 ? zero.y : zero.x,
-                                  i % 2 ? sum.y : sum.x);
+        y[i] = rows[i / 2].result(products[i], __int_as_float(i % 2 ? pair.scale.y : pair.scale.x),
+                                  i % 2 ? pair.zero.y : pair.zero.x, i % 2 ? pair.sum.y : pair.sum.x);
     }
 }

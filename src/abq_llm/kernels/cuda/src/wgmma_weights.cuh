@@ -3,8 +3,6 @@
 #include "int8.cuh"
 #include "wgmma_tile.cuh"
 
-template <bool condition, class A, class B> struct Either { using type = A; };
-template <class A, class B> struct Either<false, A, B> { using type = B; };
 struct Nothing {
     template <class... Any> __device__ Nothing(Any...) {}
 };
