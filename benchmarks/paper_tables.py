@@ -155,7 +155,6 @@ def tables(args: argparse.Namespace) -> None:
                     parts += [f"### {heading}", *perplexity_tables(rows, schemes)]
             if any_calibrated(rows, ZERO_SHOT):
                 parts += ["### Zero-shot", *zero_shot_tables(rows)]
-            parts += ["### Cost", cost_table(runs)]
             put_between_marks(args.doc, name, "\n\n".join(parts))
         print(f"{name}: {len(runs)} runs, {len(missing)} missing")
 
@@ -239,18 +238,6 @@ def zero_shot_tables(rows: list[Record]) -> list[str]:
                 cells["mean", row["method"]] = _percent(row["accuracy"])
         parts += [f"{scheme}:", grid([*TASKS, "mean"], cells, (UNQUANTIZED, *LINES))]
     return parts
-
-
-def cost_table(runs: list[Record]) -> str:
-    """A line of a method: what quantizing took, over all schemes and seeds, and the most memory."""
-    lines = ["| | seconds | peak memory | runs |", "|---|---|---|---|"]
-    for method in LINES:
-        own = [run for run in runs if run["method"] == method and run["seconds"] is not None]
-        if own:
-            seconds = [run["seconds"] for run in own]
-            peak = max(run["peak_memory_bytes"] for run in own)
-            lines.append(f"| {method} | {min(seconds):.0f} to {max(seconds):.0f} | {peak / 1e6:,.0f} MB | {len(own)} |")
-    return "\n".join(lines)
 
 
 Shown = tuple[float | None, str]  # the larger the better, and what stands in the table
