@@ -141,7 +141,7 @@ def test_registers_grow_with_what_is_kept_in_them():
         (2048, "W2A4", {90: "wgmma"}),  # eight pairs of planes: no gain over bytes
         (2048, "W2A2g128", {90: "wgmma"}),  # the binary product has no groups
         (1, "W4A16", {80: "decode", 90: "decode", 100: "mma_f16", 120: "mma_f16"}),
-        (1, "W6A16", dict.fromkeys(GPUS, "mma_f16")),
+        (1, "W8*A16", dict.fromkeys(GPUS, "mma_f16")),
         (2, "W4A16", dict.fromkeys(GPUS, "mma_f16")),
         (1, "W4A16g128", dict.fromkeys(GPUS, "mma_f16")),
         (64, "W8*A16g64", dict.fromkeys(GPUS, "mma_f16")),

@@ -15,7 +15,6 @@ Tile = decode.Tile | gemm_mma.Tile | gemm_mma_f16.Tile | gemm_wgmma.Tile
 
 DECODE_COLUMNS = 32  # of the binary product, up to which it beats the int8 product, whose activations are more compact
 DECODE_COLUMNS_GROUPED = 16  # the same for groups of 128 columns and more; shorter ones take too many binary products
-DECODE_PLANES_16 = 5  # of the weight, up to which binary products beat those of floats for one token of 16 bits
 MMA_F16_TOKENS = 64  # of 16-bit activations, up to which it beats the warpgroup product and a dequantized weight
 WGMMA_F16_TOKENS = 1024  # the same, up to which the warpgroup product beats a dequantized weight
 WGMMA_TOKENS = 65  # from which the warpgroup product is worth its larger blocks
@@ -56,8 +55,7 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
 
 
 def _choose_16(problem: Problem, gpu: Gpu) -> Plan:
-    few_planes = _decodes_16(problem, gpu) and problem.planes <= DECODE_PLANES_16
-    if few_planes and (decode_tile := decode.choose(problem, gpu.sms, gpu.shared_limit)):
+    if _decodes_16(problem, gpu) and (decode_tile := decode.choose(problem, gpu.sms, gpu.shared_limit)):
         return Plan("decode", decode_tile)
     if problem.m <= MMA_F16_TOKENS:
         return Plan("mma_f16", gemm_mma_f16.choose(problem, gpu.sms, gpu.shared_limit))
@@ -67,8 +65,8 @@ def _choose_16(problem: Problem, gpu: Gpu) -> Plan:
 
 
 def _decodes_16(problem: Problem, gpu: Gpu) -> bool:
-    """Whether binary products of 16-bit activations may be the fastest: the planes of more tokens take too many."""
-    return gpu.has_binary and problem.m == 1 and not problem.group_size
+    """Whether binary products of 16-bit activations are the fastest: the planes of more tokens take too many."""
+    return gpu.has_binary and problem.m == 1 and not problem.group_size and problem.planes <= 8
 
 
 def _wgmma_takes(problem: Problem) -> bool:
