@@ -6,7 +6,7 @@
         --doc docs/results.md
 
 `compute` is `abq compare` for several calibration texts at once, on all GPUs: every method at every scheme of `TABLES`,
-with the tasks at the schemes of `ZERO_SHOT`. The first seed of every text comes before the second of any, and what
+with the tasks at the schemes of `ZERO_SHOT`. All seeds of a text come before the next text, seed after seed, and what
 takes long before what does not. It stops after --seconds or Ctrl-C; the same command goes on.
 
 `tables` makes of whatever is in CELLS, for each calibration text, the record NAME_TEXT.json and the picture
@@ -126,7 +126,7 @@ def ordered_jobs(args: argparse.Namespace, tokenizer, setup: comparison.Setup, s
         draw = functools.partial(calibration_tokens, calib, tokenizer, samples=args.samples, seqlen=args.seqlen)
         for cell in comparison.cells(schemes, methods, seeds, functools.cache(lambda seed, draw=draw: draw(seed=seed))):
             job = cell, scored if cell.scheme in ("W16A16", *ZERO_SHOT) else setup
-            tiers[seeds.index(cell.seed) if cell.method else 0, place].append(job)
+            tiers[place, seeds.index(cell.seed) if cell.method else 0].append(job)
     ordered = [job for tier in sorted(tiers) for job in longest_first(tiers[tier])]
     files = [comparison.file_of(args.cells, *job) for job in ordered]  # what needs no calibration is one for all texts
     return [job for index, job in enumerate(ordered) if files[index] not in files[:index]]
@@ -155,7 +155,6 @@ def tables(args: argparse.Namespace) -> None:
                     parts += [f"### {heading}", *perplexity_tables(rows, schemes)]
             if any_calibrated(rows, ZERO_SHOT):
                 parts += ["### Zero-shot", *zero_shot_tables(rows)]
-            parts += ["### Cost", cost_table(runs)]
             put_between_marks(args.doc, name, "\n\n".join(parts))
         print(f"{name}: {len(runs)} runs, {len(missing)} missing")
 
@@ -241,18 +240,6 @@ def zero_shot_tables(rows: list[Record]) -> list[str]:
     return parts
 
 
-def cost_table(runs: list[Record]) -> str:
-    """A line of a method: what quantizing took, over all schemes and seeds, and the most memory."""
-    lines = ["| | seconds | peak memory | runs |", "|---|---|---|---|"]
-    for method in LINES:
-        own = [run for run in runs if run["method"] == method and run["seconds"] is not None]
-        if own:
-            seconds = [run["seconds"] for run in own]
-            peak = max(run["peak_memory_bytes"] for run in own)
-            lines.append(f"| {method} | {min(seconds):.0f} to {max(seconds):.0f} | {peak / 1e6:,.0f} MB | {len(own)} |")
-    return "\n".join(lines)
-
-
 Shown = tuple[float | None, str]  # the larger the better, and what stands in the table
 
 
@@ -278,7 +265,8 @@ def _spread(value: dict | None) -> str:
     """ "12.3 ± 0.4" over the seeds; the figure itself of one; "infinite" where it overflows."""
     if value is None:
         return "infinite"
-    return _short(value["mean"]) + ("" if value["std"] is None else f" ± {_short(value['std'])}")
+    mean, std = value["mean"], value["std"]
+    return _short(mean) + ("" if std is None else f" ± {_short(std, mean)}")
 
 
 def _percent(value: dict | None) -> Shown:
@@ -288,8 +276,12 @@ def _percent(value: dict | None) -> Shown:
     return value["mean"], shown
 
 
-def _short(x: float) -> str:
-    return f"{x:,.0f}" if x >= 1000 else f"{x:.1f}" if x >= 100 else f"{x:.2f}" if x >= 0.1 else f"{x:.4f}"
+def _short(x: float, like: float | None = None) -> str:
+    """`x` to as many places as a figure of the size of `like`, or of its own, deserves."""
+    size = x if like is None else like
+    if size >= 100_000:
+        return f"{x / 1e6:.2f}M"
+    return f"{x:,.0f}" if size >= 1000 else f"{x:.1f}" if size >= 100 else f"{x:.2f}" if size >= 0.1 else f"{x:.4f}"
 
 
 def put_between_marks(doc: Path, name: str, text: str) -> None:

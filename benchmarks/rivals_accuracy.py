@@ -71,7 +71,7 @@ def auto_round(folder: str, tokens: torch.Tensor, bits: int, group_size: int, de
         seqlen=tokens.shape[1],
         device_map=device,
     )
-    return fit.quantize()[0].float()  # it computes in 16 bits
+    return fit.quantize()[0].float().to(device)  # it computes in 16 bits, and leaves blocks on the CPU
 
 
 def gptqmodel(folder: str, tokens: torch.Tensor, bits: int, group_size: int, device: str):

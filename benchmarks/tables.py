@@ -3,7 +3,7 @@
 python benchmarks/tables.py accuracy benchmarks/results/smollm2_h100.json benchmarks/results/smollm2_w2_h100.json
 python benchmarks/tables.py ablation benchmarks/results/smollm2_ablation_h100.json
 python benchmarks/tables.py integer benchmarks/results/integer_only_cpu.json
-python benchmarks/tables.py rivals benchmarks/results/rivals_smollm2_cpu.json benchmarks/results/rivals_ours_cpu.json
+python benchmarks/tables.py rivals benchmarks/results/rivals_*.json
 """
 
 from __future__ import annotations
@@ -65,19 +65,23 @@ def integer(record: dict) -> None:
 
 
 def rivals(record: dict) -> None:
-    """What `rivals_accuracy.py` measured, and `abq compare` on the same tokens: one line a scheme and system."""
-    rows = [row for row in record["rows"] if row.get("method") != "fp"]
-    texts = list(next(row["texts"] for row in rows if "rival" in row))
-    print("| scheme | system | " + " | ".join(f"{text}: perplexity | KL | top-1" for text in texts) + " |")
-    print("|---|---|" + "---|---|---|" * len(texts))
-    for row in sorted(rows, key=lambda row: row["scheme"], reverse=True):
-        name = f"{row['rival']} {row['versions'][row['rival']]}" if "rival" in row else f"ours: {row['method']}"
-        cells = [row["scheme"], name]
-        for text in texts:
-            keys = ("perplexity", "kl", "top1_agreement")
-            figures = [row["texts"][text][key] if "rival" in row else row[key][text] for key in keys]
-            cells += [_short(figures[0]), _short(figures[1]), f"{figures[2]:.3f}"]
-        print("| " + " | ".join(cells) + " |")
+    """What `rivals_accuracy.py` measured, and `abq compare` on the same tokens: one line a scheme and system, the best
+    on the first text first.
+    """
+    runs = defaultdict(list)
+    for row in record["rows"]:
+        if "rival" in row:
+            runs[row["scheme"], f"{row['rival']} {row['versions'][row['rival']]}"].append(row["texts"])
+        elif row["method"] != "fp":
+            figures = {text: {key: row[key][text] for key in ("perplexity", "kl")} for text in row["perplexity"]}
+            runs[row["scheme"], f"ours: {row['method']}"].append(figures)
+    texts = sorted(next(iter(runs.values()))[0], reverse=True)
+    print("| scheme | system | " + " | ".join(f"{text}: perplexity (KL)" for text in texts) + " |")
+    print("|---|---|" + "---|" * len(texts))
+    best_first = sorted(runs.items(), key=lambda each: _mean(each[1], texts[0], "perplexity"))
+    for (scheme, system), rows in sorted(best_first, key=lambda each: each[0][0], reverse=True):
+        cells = [f"{_spread(rows, text, 'perplexity')} ({_short(_mean(rows, text, 'kl'))})" for text in texts]
+        print("| " + " | ".join([scheme, system, *cells]) + " |")
 
 
 def _runs(record: dict) -> dict[str, list[dict]]:
@@ -95,12 +99,14 @@ def _mean(rows: list[dict], text: str, figure: str) -> float:
 def _spread(rows: list[dict], text: str, figure: str) -> str:
     """Mean ± standard deviation; the figure itself if there is one seed."""
     values = [row[text][figure] for row in rows]
-    deviation = f" ± {_short(statistics.stdev(values))}" if len(values) > 1 else ""
-    return _short(statistics.mean(values)) + deviation
+    mean = statistics.mean(values)
+    return _short(mean) + (f" ± {_short(statistics.stdev(values), mean)}" if len(values) > 1 else "")
 
 
-def _short(x: float) -> str:
-    return f"{x:,.0f}" if x >= 1000 else f"{x:.1f}" if x >= 100 else f"{x:.2f}" if x >= 0.1 else f"{x:.4f}"
+def _short(x: float, like: float | None = None) -> str:
+    """`x` to as many places as a figure of the size of `like`, or of its own, deserves."""
+    size = x if like is None else like
+    return f"{x:,.0f}" if size >= 1000 else f"{x:.1f}" if size >= 100 else f"{x:.2f}" if size >= 0.1 else f"{x:.4f}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from abq_llm import kernels
 from abq_llm.errors import AbqError
 from abq_llm.kernels import BACKENDS, reference
 from abq_llm.linear import QuantLinear, buffer_layout, set_backend
-from abq_llm.quantizers import choose_qparams, fake_quantize, fake_quantize_dynamic, from_groups, to_groups
+from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, fake_quantize_dynamic, from_groups, to_groups
 from abq_llm.scheme import Scheme
 
 SCHEMES = ["W1A8", "W1*A8", "W2*A8g32", "W3A5g48", "W4A4", "W4A8g128", "W8A8", "W8*A8", "W4A16g32", "W2*A16"]
@@ -157,6 +157,18 @@ def test_another_bias_is_used():
     without = layer(x)
     layer.bias = None
     assert not torch.equal(before, without) and torch.equal(layer(x), without)
+
+
+def test_scales_of_any_layout_are_packed_contiguous():
+    """Safetensors refuses others, and kernels read rows."""
+    torch.manual_seed(0)
+    scheme, linear = Scheme.parse("W4A8g32"), nn.Linear(64, 9)
+    grid = choose_qparams(to_groups(linear.weight.detach(), 32), scheme.weight, scale_dtype=torch.float16)
+    layer = QuantLinear.from_linear(linear, grid, scheme)
+    by_groups = QParams(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in grid))
+    other = QuantLinear.from_linear(linear, by_groups, scheme)
+    for name, tensor in other.state_dict().items():
+        assert tensor.is_contiguous() and torch.equal(tensor, layer.state_dict()[name]), name
 
 
 def test_set_backend(spy):

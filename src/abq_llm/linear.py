@@ -60,9 +60,9 @@ class QuantLinear(nn.Module):
         packed = cls(k, n, scheme, bias=bias, dtype=dtype, scale_dtype=scale_dtype, device="meta")
         codes = from_groups(quantize(to_groups(linear.weight.detach(), scheme.group_size), qparams, scheme.weight), k)
         packed.weight_packed = pack_planes(codes, scheme.planes)
-        packed.weight_scale = qparams.scale[..., 0].to(scale_dtype)
+        packed.weight_scale = qparams.scale[..., 0].to(scale_dtype).contiguous()
         if packed.weight_zero_point is not None:
-            packed.weight_zero_point = qparams.zero_point[..., 0].to(torch.uint8)
+            packed.weight_zero_point = qparams.zero_point[..., 0].to(torch.uint8).contiguous()
         if linear.bias is not None:
             packed.bias = linear.bias.detach().clone()
         return packed
