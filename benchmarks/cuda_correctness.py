@@ -35,15 +35,17 @@ from pathlib import Path
 
 import torch
 
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 8, 16)
 TOKENS = (1, 1, 1, 2, 3, 4, 7, 8, 16, 17, 33, 64, 200, 2048)
 COLUMNS = (32, 96, 576, 1000, 1536, 4096, 11008)
 ROWS = (8, 100, 192, 576, 4096, 11008, 32000)
 GROUPS = (0, 0, 0, 64, 128, 32, 96, 192, 256, 40)
 
 
-def draw(rng: random.Random, largest: float) -> dict:
+def draw(rng: random.Random, largest: float, choices: list[int] | None = None) -> dict:
+    """A case of at most `largest` m n k; choices: of the activations' bits."""
     while True:
-        bits = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 16))
+        bits = rng.choice(choices or BITS)
         m, n, k = rng.choice(TOKENS), rng.choice(ROWS), rng.choice(COLUMNS)
         if m * n * k <= largest:
             break
@@ -223,12 +225,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop drawing cases after this long")
     parser.add_argument("--jobs", type=int, default=8, help="processes; 0: this one")
     parser.add_argument("--largest", type=float, default=1.5e10, help="m * n * k of a case")
+    parser.add_argument("--bits", type=int, action="append", choices=sorted(set(BITS)), help="of the activations; all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="of the code, where the tree has no git history")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    cases = [{**draw(rng, args.largest), "seed": args.seed + i} for i in range(args.cases)]
+    cases = [{**draw(rng, args.largest, args.bits), "seed": args.seed + i} for i in range(args.cases)]
     started = time.time()
     if args.jobs:
         with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:

@@ -53,9 +53,16 @@ if wanted perplexity && [ -n "${MODEL:-}" ]; then
         --method gptq --scheme W8A8 --scheme W4A4 --scheme 'W2*A8g64' --scheme W4A16g64 --backend cuda $commit --out
 fi
 if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
+    check() { # NAME TOOL OPTION...
+        file=$out/cuda_$1
+        tool=$2
+        shift 2
+        compute-sanitizer --tool "$tool" python benchmarks/cuda_correctness.py "$@" --jobs 0 --largest 3e7 $commit \
+            --out "$file.json" >"$file.txt" 2>&1
+        tail -n 1 "$file.txt"
+    }
     for tool in memcheck racecheck; do
-        compute-sanitizer --tool $tool python benchmarks/cuda_correctness.py --cases 60 --jobs 0 --largest 3e7 $commit \
-            --out "$out/cuda_$tool.json" >"$out/cuda_$tool.txt" 2>&1
-        tail -n 1 "$out/cuda_$tool.txt"
+        check $tool $tool --cases 60
+        check ${tool}_a16 $tool --cases 30 --bits 16
     done
 fi
