@@ -21,6 +21,7 @@ from abq_llm.kernels.cuda.gpus import gpu
 from abq_llm.kernels.cuda.problem import groups_in_block
 
 IN_ORDER_TOKENS = 64  # above it, tiles for groups are in order
+UNDIVIDED = 1.3  # tiles of 32 tokens whose columns are not divided are slower than others of the same estimate
 SMALLEST_SHARED_LIMIT = 99 * 1024  # bytes of a block on sm_86, 89, 120; 163 KiB on sm_80, 227 KiB on sm_90 and 100
 
 
@@ -86,7 +87,8 @@ def clocks(tile: Tile, m: int, n: int, k_blocks: int, planes: int, sms: int, res
     work = (32 * row_tiles + 1.4 * tile.tokens * tile.warps_rows) * (1 + 13 / warps)
     memory = 512 * planes * row_tiles / 16
     combine = 13 * tile.tokens * row_tiles * (tile.warps_k + 3)
-    return blocks * (k_blocks * max(work, memory) + combine)
+    undivided = UNDIVIDED if tile.tokens == 32 and tile.warps_k == 1 else 1
+    return undivided * blocks * (k_blocks * max(work, memory) + combine)
 
 
 def candidates(
