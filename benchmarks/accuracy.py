@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import json
 import platform
-import subprocess
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +24,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from abq_llm.cli.common import commit_of_code
 
 
 class FakeQuantLinear(nn.Module):
@@ -123,8 +124,7 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": args.commit
-        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": args.commit or commit_of_code(),
         "arguments": {
             k: str(Path(v).name) if k in ("model", "calib", "out") else v
             for k, v in vars(args).items()

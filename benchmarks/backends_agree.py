@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 import abq_llm
 from abq_llm import kernels
+from abq_llm.cli.common import commit_of_code
 from abq_llm.data import calibration_tokens, evaluation_tokens
 from abq_llm.evaluation import evaluate
 from abq_llm.kernels import reference
@@ -94,11 +94,10 @@ def main() -> None:
         row["agree"] = round(row[args.backend], 3) == round(row["reference"], 3)
         rows.append(row)
         print(json.dumps(row), flush=True)
-    commit = args.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit,
+        "commit": args.commit or commit_of_code(),
         "model": Path(args.model).name,
         "text": Path(args.ppl).name,
         "rows": rows,

@@ -26,7 +26,6 @@ import argparse
 import json
 import platform
 import random
-import subprocess
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +33,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+from abq_llm.cli.common import commit_of_code
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 8, 16)
 TOKENS = (1, 1, 1, 2, 3, 4, 7, 8, 16, 17, 33, 64, 200, 2048)
@@ -240,11 +241,10 @@ def main() -> None:
         parts = [run(cases, args.seconds)]
     paths = sum((part[0] for part in parts), Counter())
     failures = [failure for part in parts for failure in part[1]]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": args.commit or head,
+        "commit": args.commit or commit_of_code(),
         "seconds": time.time() - started,
         "cases": sum(paths.values()),
         "paths": dict(paths),

@@ -20,7 +20,6 @@ import argparse
 import copy
 import json
 import platform
-import subprocess
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -32,6 +31,7 @@ from reference_backend import twin
 from torch import nn
 
 import abq_llm
+from abq_llm.cli.common import commit_of_code
 from abq_llm.data import calibration_tokens, evaluation_tokens
 from abq_llm.evaluation import evaluate
 from abq_llm.integer_only import integer_only
@@ -78,7 +78,7 @@ def main() -> None:
             "transformers": transformers.__version__,
             "abq_llm": abq_llm.__version__,
         },
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit_of_code(),
         "arguments": {
             name: Path(value).name if name in ("model", "calib") else value
             for name, value in vars(args).items()

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from abq_llm.cli.common import commit_of_code
 from abq_llm.evaluation.kernels_compared import ours
 from abq_llm.scheme import Scheme
 
@@ -96,11 +97,10 @@ def main() -> None:
         rows.append({"product": name, **watch(call, args.seconds)})
         rows[-1]["tops"] = 2e-6 * m * n * k / rows[-1]["us"]
         print(json.dumps(rows[-1]), flush=True)
-    commit = args.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit,
+        "commit": args.commit or commit_of_code(),
         "shape": {"m": m, "n": n, "k": k},
         "highest_sm_mhz": highest_mhz,
         "power_limit_watts": limit,

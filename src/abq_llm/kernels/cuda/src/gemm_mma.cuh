@@ -171,15 +171,7 @@ __device__ inline void multiply_block(
     unsigned word[C::row_tiles][4][words];
     const uint4* weight = reinterpret_cast<const uint4*>(stage + G::weight_offset) + warp_row * C::row_tiles * C::planes * 32 + lane;
 #pragma unroll
-    for (int r = 0; r < C::row_tiles; r++) {
-#pragma unroll
-        for (int p = 0; p < words; p++) {
-            uint4 plane = p < C::planes ? weight[(r * C::planes + p) * 32] : make_uint4(0, 0, 0, 0);
-            word[r][0][p] = plane.x, word[r][1][p] = plane.y, word[r][2][p] = plane.z, word[r][3][p] = plane.w;
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) planes_to_steps<C::planes>(word[r][i]);
-    }
+    for (int r = 0; r < C::row_tiles; r++) load_planes<C::planes>(word[r], weight + r * C::planes * 32);
 
     // Matrices of one ldmatrix: the two chunks of a step for one token tile, then for its neighbour
     constexpr int tiles = smaller(2, G::token_tiles);

@@ -49,6 +49,17 @@ template <int planes, int words> __device__ inline void planes_to_steps(unsigned
     if constexpr (words >= 4) exchange_index_bit<2, planes>(word);
 }
 
+// What a lane has of a k-block of a row tile, word[register of the fragment][]; plane p begins 32 p behind `from`
+template <int planes, int words> __device__ inline void load_planes(unsigned (&word)[4][words], const uint4* from) {
+#pragma unroll
+    for (int p = 0; p < words; p++) {
+        const uint4 plane = p < planes ? from[p * 32] : make_uint4(0, 0, 0, 0);
+        word[0][p] = plane.x, word[1][p] = plane.y, word[2][p] = plane.z, word[3][p] = plane.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) planes_to_steps<planes>(word[i]);
+}
+
 // The four codes of `step` (0..7), one a byte
 template <int words> __device__ inline unsigned codes_of_step(const unsigned (&word)[words], int step) {
     if constexpr (words == 8) {

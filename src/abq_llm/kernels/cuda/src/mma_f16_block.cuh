@@ -78,13 +78,7 @@ template <class C> struct WarpSums {
         for (int r = 0; r < C::row_tiles; r++) {
             const unsigned char* tile = stage + ((at.row_tile + r) * C::warps_k + at.slice) * G::plane_bytes;
             const uint4* planes = reinterpret_cast<const uint4*>(tile) + lane;
-#pragma unroll
-            for (int p = 0; p < words; p++) {
-                const uint4 plane = p < Codes::byte_planes ? planes[p * 32] : make_uint4(0, 0, 0, 0);
-                word[r][0][p] = plane.x, word[r][1][p] = plane.y, word[r][2][p] = plane.z, word[r][3][p] = plane.w;
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) planes_to_steps<Codes::byte_planes>(word[r][i]);
+            load_planes<Codes::byte_planes>(word[r], planes);
             if constexpr (C::planes > 8) {
                 const uint4 plane = planes[8 * 32];
                 ninth[r][0] = plane.x, ninth[r][1] = plane.y, ninth[r][2] = plane.z, ninth[r][3] = plane.w;

@@ -4,30 +4,22 @@
 
 // q up to `most` in the low bits of `base` is base + q, and a difference of integers is exact up to that much
 template <class T> struct Pairs;
-template <> struct Pairs<half_t> {
-    static constexpr unsigned base = 0x64006400;
-    static constexpr int most = 1023;
-    static __device__ unsigned subtract(unsigned a, unsigned b) {
-        asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-        return a;
-    }
-    static __device__ unsigned multiply(unsigned a, unsigned b) {
-        asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-        return a;
-    }
-};
-template <> struct Pairs<bf16_t> {
-    static constexpr unsigned base = 0x43004300;
-    static constexpr int most = 127;
-    static __device__ unsigned subtract(unsigned a, unsigned b) {
-        asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-        return a;
-    }
-    static __device__ unsigned multiply(unsigned a, unsigned b) {
-        asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-        return a;
-    }
-};
+#define ABQ_FLOAT_PAIRS(T, suffix, base_bits, most_of_base)                           \
+    template <> struct Pairs<T> {                                                     \
+        static constexpr unsigned base = base_bits;                                   \
+        static constexpr int most = most_of_base;                                     \
+        static __device__ unsigned subtract(unsigned a, unsigned b) {                 \
+            asm("sub.rn." suffix " %0, %0, %1;" : "+r"(a) : "r"(b));                  \
+            return a;                                                                 \
+        }                                                                             \
+        static __device__ unsigned multiply(unsigned a, unsigned b) {                 \
+            asm("mul.rn." suffix " %0, %0, %1;" : "+r"(a) : "r"(b));                  \
+            return a;                                                                 \
+        }                                                                             \
+    };
+ABQ_FLOAT_PAIRS(half_t, "f16x2", 0x64006400, 1023)
+ABQ_FLOAT_PAIRS(bf16_t, "bf16x2", 0x43004300, 127)
+#undef ABQ_FLOAT_PAIRS
 
 // base + zero, twice: what `centered_pair` subtracts
 template <class T> __device__ inline unsigned zero_pair(int zero) { return Pairs<T>::base + unsigned(zero) * 0x10001u; }
