@@ -160,7 +160,7 @@ def tables(args: argparse.Namespace) -> None:
 
 
 def seeds_of(method: str, seeds: list[int]) -> list[int]:
-    return seeds if hasattr(METHODS[method], "epochs") else seeds[:1]
+    return seeds if METHODS[method].needs_data else seeds[:1]
 
 
 def runs_on(records: list[Record], calib: str) -> list[Record]:

@@ -27,14 +27,14 @@ def options(model_directory, tmp_path):  # noqa: F811
 def test_compare(options, tmp_path):
     files = ("--csv", tmp_path / "c.csv", "--plot", tmp_path / "c.png")
     schemes = ("-s", "W4A16", "-s", "W2*A8")
-    result = abq("compare", *options, *schemes, "--methods", "rtn,abq", "--seeds", "0,1", *files)
+    result = abq("compare", *options, *schemes, "--methods", "rtn,awq,abq", "--seeds", "0,1", *files)
     values = report(result, tmp_path / "c.json")
     assert set(values) == {"model", "rows", "over_seeds", "failures"}
     assert values["model"] == "model" and values["failures"] == []
     runs = [(row["scheme"], row["method"], row["seed"]) for row in values["rows"]]
-    quantized = [(scheme, *run) for scheme in schemes[1::2] for run in (("rtn", 0), ("abq", 0), ("abq", 1))]
-    assert runs == [("W16A16", "fp", 0), *quantized]
-    assert [len(row["seeds"]) for row in values["over_seeds"]] == [1, 1, 2, 1, 2]
+    each = [("rtn", 0), ("awq", 0), ("awq", 1), ("abq", 0), ("abq", 1)]
+    assert runs == [("W16A16", "fp", 0), *((scheme, *run) for scheme in schemes[1::2] for run in each)]
+    assert [len(row["seeds"]) for row in values["over_seeds"]] == [1, 1, 2, 2, 1, 2, 2]
     first = values["rows"][3]
     assert set(first["perplexity"]) == set(first["kl"]) == set(first["top1_agreement"]) == {"other.txt"}
     assert first["perplexity"] != values["rows"][2]["perplexity"]  # the seed matters

@@ -61,7 +61,7 @@ def compare(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over them, for methods that train.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a training step.")] = 1,
     seeds: Annotated[
-        str, typer.Option(metavar="N,N", help="Methods that train run with each, the others with the first.")
+        str, typer.Option(metavar="N,N", help="Methods that look at data run with each, the others with the first.")
     ] = "0",
     device: Annotated[
         str,

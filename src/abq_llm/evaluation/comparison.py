@@ -93,12 +93,12 @@ def cells(
 ) -> list[Cell]:
     """The unquantized model, then every method (by its label) at every scheme.
 
-    Methods that train come once for each seed, the others with the first. `draw` gives the calibration of a seed.
+    Methods that look at data come once for each seed, which draws it (`draw`), the others with the first.
     """
     found = [Cell("W16A16", UNQUANTIZED)]
     for scheme in schemes:
         for label, method in methods.items():
-            for seed in seeds if hasattr(method, "epochs") else seeds[:1]:
+            for seed in seeds if method.needs_data else seeds[:1]:
                 found.append(Cell(str(scheme), label, method, seed, draw(seed) if method.needs_data else None))
     return found
 
