@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from abq_llm.cli.compare import _method, _seeds
+from abq_llm.cli.common import read_method
+from abq_llm.cli.compare import _seeds
 from abq_llm.errors import AbqError
 from abq_llm.evaluation import comparison
 from abq_llm.evaluation.comparison_plot import draw
@@ -141,12 +142,12 @@ def test_tasks_are_part_of_the_table(options, tmp_path):
 
 
 def test_methods_may_have_options():
-    assert _method("rtn", 7) == Rtn()
-    assert _method("abq", 7) == Abq(epochs=7)
-    assert _method("abq:dlc=False:epochs=2", 7) == Abq(dlc=False, epochs=2)
+    assert read_method("rtn", 7) == Rtn()
+    assert read_method("abq", 7) == Abq(epochs=7)
+    assert read_method("abq:dlc=False:epochs=2", 7) == Abq(dlc=False, epochs=2)
     for label, message in (("abq:dlc", "'dlc' is not OPTION=VALUE"), ("abq:x=1", "'x'"), ("magic", "'magic'")):
         with pytest.raises(AbqError, match=message):
-            _method(label, 7)
+            read_method(label, 7)
 
 
 def test_seeds_are_a_list_of_integers():

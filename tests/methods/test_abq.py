@@ -24,7 +24,10 @@ OFF = dict.fromkeys(SWITCHES, False)
 
 
 def learn(scheme="W3A6KV6", *, samples=16, layers=3, seed=0, dtype=torch.float32, messages=None, **options):
-    """One epoch, unless told -> (model, report, each block's parameters before and after, each block's grids)."""
+    """One epoch, unless told -> (model, report, each block's parameters before and after, each block's grids).
+
+    Rounding to nearest, unless told: so that the parameters are those before it.
+    """
     original = tiny_model(num_hidden_layers=layers).to(dtype)
     model, parameters, grids = copy.deepcopy(original), [], []
 
@@ -34,7 +37,7 @@ def learn(scheme="W3A6KV6", *, samples=16, layers=3, seed=0, dtype=torch.float32
         parameters.append((before, after))
         grids.append(block_grids)
 
-    method = Watched(Abq(**{"epochs": 1, **options}), look)
+    method = Watched(Abq(**{"epochs": 1, "rounding": False, **options}), look)
     report = quantize(
         model,
         scheme,
@@ -66,15 +69,15 @@ def min_max(parameters, scheme, grids):
     }
 
 
-def test_the_switches_are_those_of_the_paper():
-    assert SWITCHES == ["balance", "clipping", "compensation", "dlc", "akl", "search"]
+def test_the_switches_are_the_parts_of_the_method():
+    assert SWITCHES == ["balance", "clipping", "compensation", "rounding", "dlc", "akl", "search"]
     assert all(getattr(Abq(), switch) for switch in SWITCHES)
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_each_part_can_be_left_out_and_matters(switch):
-    full, report, *_ = learn(layers=2)
-    without, other, *_ = learn(layers=2, **{switch: False})
+    full, report, *_ = learn(layers=2, rounding=True)
+    without, other, *_ = learn(layers=2, **{"rounding": True, switch: False})
     assert other.provenance["options"]["method"][switch] is False
     assert all(math.isfinite(loss) for loss in other.block_losses) and other.block_losses != report.block_losses
     held_out, original = random_tokens(8, 32, seed=9), tiny_model()
@@ -172,10 +175,38 @@ def weighted_error(task, grids):
     return torch.tensor(total)
 
 
+@pytest.mark.parametrize("scheme", ["W3A16", "W2A8g32", "W2*A8g48"])
+def test_learned_rounding_takes_a_neighbour_and_loses_less(scheme):
+    """Of one block with other vectors off: each code is the nearest one or the next on the other side of the weight."""
+    options = {"balance": False, "clipping": False, "compensation": False, "epochs": 5}
+    _, report, ((before, after),), (grids,) = learn(scheme, layers=1, rounding=True, **options)
+    nearest = learn(scheme, layers=1, **options)[1]
+    assert report.block_losses[0] < 0.9 * nearest.block_losses[0]
+    fmt, moved = Scheme.parse(scheme).weight, 0
+    for name, grid in grids.items():
+        weight, chosen = (
+            to_groups(each[f"{name}.weight"], Scheme.parse(scheme).group_size) for each in (before, after)
+        )
+        steps = (chosen - weight) / grid.scale
+        inside = ((weight / grid.scale + grid.zero_point) > 0) & ((weight / grid.scale + grid.zero_point) < fmt.qmax)
+        assert steps[inside].abs().max() < 1 + 1e-3
+        moved += int((steps[inside].abs() > 0.501).sum())
+    assert moved > 100
+
+
+def test_what_was_trained_is_what_is_packed():
+    """The codes of a block whose rounding was learned are those that its held-out loss was measured with."""
+    task = first_block(tiny_model(), "W3A8g32")
+    grids = Abq(epochs=2).quantize_block(task)
+    for name, linear in task.linears.items():
+        groups = to_groups(linear.weight.detach(), 32)
+        assert torch.equal(fake_quantize(groups, grids[name], task.scheme.weight), groups)
+
+
 @pytest.mark.parametrize("scheme", ["W2A16g32", "W3A8", "W2*A8"])
 def test_search_starts_from_clips_of_less_error(scheme):
     task = first_block(tiny_model(), scheme)
-    searched = Abq(epochs=0, balance=False).quantize_block(task)
+    searched = Abq(epochs=0, balance=False, rounding=False).quantize_block(task)
     plain = min_max(block_parameters(task.block), task.scheme, searched)
     error, before = weighted_error(task, searched), weighted_error(task, plain)
     assert (error <= before).all() and error.sum() < 0.9 * before.sum()
@@ -189,7 +220,7 @@ def test_without_search_balance_starts_at_alpha_one_half():
     parameters = dict(expected)
     for pair in task.architecture.pairs:
         parameters = apply(pair, parameters, initial_log_scale(pair, expected, peaks, 16, 0.5), 16)
-    Abq(epochs=0, search=False, compensation=False).quantize_block(task)
+    Abq(epochs=0, search=False, compensation=False, rounding=False).quantize_block(task)
     torch.testing.assert_close(block_parameters(task.block), parameters, rtol=1e-5, atol=1e-6)
 
 

@@ -24,7 +24,7 @@ from tests.tiny import VARIANTS, tiny_model
 QUICK = {"epochs": 4, "lr_lwc": 0.2, "lr_let": 0.05}
 FAST = {"abq": {"epochs": 2}, "affinequant": QUICK, "i_llm": {"epochs": 2}, "omniquant": QUICK}
 # Those with which it only moves scales: the function stays.
-EXACT = FAST | {"abq": {"epochs": 2, "compensation": False}}
+EXACT = FAST | {"abq": {"epochs": 2, "compensation": False, "rounding": False}}
 
 HELD_OUT = random_tokens(16, 32, seed=99)
 

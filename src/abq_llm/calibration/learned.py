@@ -1,8 +1,10 @@
 """What is learned in one block, and what it does to the block's weights: move scales, compensate, clip, quantize.
 
-    W_q = Q( W diag(s) + a b^T )        on the range [ clip_lo min, clip_hi max ] of each group
+    W_q = Q( W diag(s) + a b^T + step V )        on the range [ clip_lo min, clip_hi max ] of each group
 
-diag(s) may be a matrix for each head, diag(s) (I + P), and a constant may be taken off x before (`calibration.affine`).
+V, within -1/2 .. 1/2, decides of each weight whether it goes up or down (as in SignRound, Cheng et al., 2023,
+arXiv:2309.05516); without it, to nearest. diag(s) may be a matrix for each head, diag(s) (I + P), and a constant may be
+taken off x before (`calibration.affine`).
 `quantized` is differentiable in the vectors, for training; `fold` writes the result into the block once, for good.
 """
 
@@ -40,6 +42,7 @@ class Vectors:
     clip: dict[int, Tensor] = field(default_factory=dict)  # group size -> logits [2, groups of its linears, 1]: hi, lo
     left: dict[str, Tensor] = field(default_factory=dict)  # a [N, 1]
     right: dict[str, Tensor] = field(default_factory=dict)  # b [1, K]
+    rounding: dict[int, Tensor] = field(default_factory=dict)  # group size -> V [groups of its linears, size]
 
 
 class LearnedWeights:
@@ -72,6 +75,10 @@ class LearnedWeights:
             clip[size] = torch.logit(weights[0].new_full((2, groups, 1), CLIP_AT_START))
         return clip
 
+    def to_nearest(self) -> dict[int, Tensor]:
+        """V = 0 for every weight."""
+        return {size: torch.zeros_like(self._groups(names, self.parameters)) for size, names in self.sizes.items()}
+
     def transformed(self, vectors: Vectors) -> Parameters:
         """The parameters with scales moved and compensation added; only the latter changes what the block computes."""
         parameters = self.parameters
@@ -90,16 +97,16 @@ class LearnedWeights:
         """The block's parameters as they will run: transformed, compensated, quantized; differentiable in the
         vectors.
         """
-        assert self.task.scheme.weight is not None
         parameters = dict(self.transformed(vectors))
         for names, groups, grid in self._grids(vectors, parameters):
-            for name, fake in self._split(names, fake_quantize(groups, grid, self.task.scheme.weight)):
-                parameters[f"{name}.weight"] = from_groups(fake, self.parameters[f"{name}.weight"].shape[1])
+            parameters |= self._rounded(names, groups, grid)
         return parameters
 
     @torch.no_grad()
     def fold(self, vectors: Vectors) -> dict[str, QParams]:
-        """Write the transformed weights into the block and return the grids."""
+        """Write the transformed weights, on their grids already if their rounding is learned, into the block and return
+        the grids.
+        """
         vectors.balance = {
             pair: storable_log_scale(pair, self.parameters, log_scale, self.task.storage_dtype)
             for pair, log_scale in vectors.balance.items()
@@ -109,28 +116,39 @@ class LearnedWeights:
             for pair, delta in vectors.shift.items()
         }
         parameters = self.transformed(vectors)
-        for name, parameter in self.task.block.named_parameters():
-            parameter.copy_(parameters[name])
-        grids: dict[str, QParams] = {}
-        for names, _, grid in self._grids(vectors, parameters):
+        folded, grids = dict(parameters), dict[str, QParams]()
+        for names, groups, grid in self._grids(vectors, parameters):
+            if vectors.rounding:
+                folded |= self._rounded(names, groups, grid)
             scales, zero_points = self._split(names, grid.scale), self._split(names, grid.zero_point)
             grids |= {name: QParams(scale, zero) for (name, scale), (_, zero) in zip(scales, zero_points, strict=True)}
+        for name, parameter in self.task.block.named_parameters():
+            parameter.copy_(folded[name])
         return grids
 
     def _grids(self, vectors: Vectors, parameters: Parameters) -> Iterator[tuple[list[str], Tensor, QParams]]:
-        """All groups of one size in one tensor, [groups of all linears, size], with their grids: far fewer kernels."""
+        """What to round to nearest, [groups of all linears of one size, size], and its grids: in one tensor, for far
+        fewer kernels.
+        """
         scheme = self.task.scheme
         assert scheme.weight is not None
         for size, names in self.sizes.items():
-            groups = torch.cat(
-                [to_groups(parameters[f"{name}.weight"], scheme.group_size).flatten(0, 1) for name in names]
-            )
+            groups = self._groups(names, parameters)
             hi, lo = torch.sigmoid(vectors.clip[size]) / CLIP_AT_START if vectors.clip else (1.0, 1.0)
-            yield (
-                names,
-                groups,
-                choose_qparams(groups, scheme.weight, clip_hi=hi, clip_lo=lo, scale_dtype=self.task.scale_dtype),
-            )
+            grid = choose_qparams(groups, scheme.weight, clip_hi=hi, clip_lo=lo, scale_dtype=self.task.scale_dtype)
+            if vectors.rounding:
+                groups = groups + vectors.rounding[size].clamp(-0.5, 0.5) * grid.scale
+            yield names, groups, grid
+
+    def _groups(self, names: list[str], parameters: Parameters) -> Tensor:
+        group_size = self.task.scheme.group_size
+        return torch.cat([to_groups(parameters[f"{name}.weight"], group_size).flatten(0, 1) for name in names])
+
+    def _rounded(self, names: list[str], groups: Tensor, grid: QParams) -> Parameters:
+        """What `_grids` yields -> the weights that will run, [N, K] for each linear."""
+        assert self.task.scheme.weight is not None
+        fake = self._split(names, fake_quantize(groups, grid, self.task.scheme.weight))
+        return {f"{name}.weight": from_groups(w, self.parameters[f"{name}.weight"].shape[1]) for name, w in fake}
 
     def _split(self, names: list[str], groups: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The tensor of `_grids` back into one [N, groups, ...] for each linear."""

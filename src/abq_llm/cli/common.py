@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +23,8 @@ from abq_llm.errors import AbqError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from abq_llm.methods import Method
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to FILE as JSON.")]
 
@@ -94,6 +97,16 @@ def counter(bar: Progress, name: str) -> Callable[[int, int], None]:
     """A new line of `bar`, as what to call with (done, total)."""
     task = bar.add_task(name, total=None, note="")
     return lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def read_method(label: str, epochs: int) -> Method:
+    """The method that "abq:dlc=False" stands for; with `epochs`, if it trains and the label does not say."""
+    from abq_llm.methods import method_by_name
+
+    method = method_by_name(label)
+    if hasattr(method, "epochs") and ":epochs=" not in label:
+        method = replace(method, epochs=epochs)  # type: ignore[type-var]
+    return method
 
 
 def read_tasks(text: str | None, task_path: Path | None) -> list[str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import functools
 import sys
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +23,7 @@ from abq_llm.cli.common import (
     megabytes,
     progress_bar,
     quiet_libraries,
+    read_method,
     read_tasks,
     write_json,
 )
@@ -101,7 +100,7 @@ def compare(
     schemes = list(dict.fromkeys(Scheme.parse(text) for text in scheme))
     chosen: dict[str, Method] = {}
     for label in methods.split(","):
-        if (method := _method(label, epochs)) not in chosen.values():
+        if (method := read_method(label, epochs)) not in chosen.values():
             chosen[label] = method
     devices = pick_devices(device)
     actual_backend = kernels.choose_backend(backend, devices[0])
@@ -155,24 +154,6 @@ def _seeds(text: str) -> list[int]:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise AbqError(f"--seeds {text!r}: is not a list of integers, for example 0,1,2") from None
-
-
-def _method(label: str, epochs: int) -> Method:
-    """The method that "abq:dlc=False" stands for; with `epochs`, if it trains and the label does not say."""
-    from abq_llm.methods import method_by_name
-
-    name, *options = label.split(":")
-    values = {}
-    for option in options:
-        key, _, text = option.partition("=")
-        try:
-            values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            raise AbqError(f"--methods {label!r}: {option!r} is not OPTION=VALUE, for example epochs=5") from None
-    method = method_by_name(name, **values)
-    if hasattr(method, "epochs") and "epochs" not in values:
-        method = replace(method, epochs=epochs)  # type: ignore[type-var]
-    return method
 
 
 # --- computing it ---

@@ -16,6 +16,7 @@ from abq_llm.cli.common import (
     megabytes,
     progress_bar,
     quiet_libraries,
+    read_method,
     write_json,
 )
 from abq_llm.errors import AbqError
@@ -26,7 +27,10 @@ def quantize(
     scheme: Annotated[str, typer.Option("-s", "--scheme", help="W<p>[*]A<q>[KV<r>][g<size>], for example W4A8g128.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="New directory for the checkpoint.")],
     method: Annotated[
-        str, typer.Option(help="abq, affinequant, awq, gptq, i_llm, omniquant, rtn, smoothquant.")
+        str,
+        typer.Option(
+            help="abq, affinequant, awq, gptq, i_llm, omniquant, rtn, smoothquant; options after colons: abq:akl=False"
+        ),
     ] = "abq",
     calib: Annotated[
         str, typer.Option(metavar="NAME", help="wikitext2, c4, self (text that the model writes), or a file.")
@@ -53,18 +57,17 @@ def quantize(
     from abq_llm import checkpoint
     from abq_llm.data import calibration_tokens
     from abq_llm.devices import pick_device
-    from abq_llm.methods import method_by_name
     from abq_llm.models import load_model
     from abq_llm.quantize import check_model
     from abq_llm.quantize import quantize as run
     from abq_llm.scheme import Scheme
 
-    parsed, needs_data, place = Scheme.parse(scheme), method_by_name(method).needs_data, pick_device(device)
+    parsed, chosen, place = Scheme.parse(scheme), read_method(method, epochs), pick_device(device)
     quiet_libraries()
     network, tokenizer = load_model(model)
     check_model(network, parsed)
     calibration = None
-    if needs_data:
+    if chosen.needs_data:
         if calib == "self":
             network.to(place)  # type: ignore[arg-type]  # it writes the text: where that is fast
         calibration = calibration_tokens(calib, tokenizer, samples=samples, seqlen=seqlen, seed=seed, model=network)
@@ -87,11 +90,10 @@ def quantize(
             report = run(
                 network,
                 parsed,
-                method,
+                chosen,
                 calibration,
                 device=place,
                 seed=seed,
-                epochs=epochs,
                 head_bits=head_bits,
                 work_dir=work_dir,
                 progress=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import ClassVar, Protocol
 
 from abq_llm.calibration.block import BlockTask
@@ -34,15 +35,25 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def method_by_name(name: str, **options: object) -> Method:
-    """A method with options: those it does not have are refused.
+def method_by_name(label: str, **options: object) -> Method:
+    """A method by its name, with options as keywords or after colons, as in "abq:rounding=False:epochs=5"; those it
+    does not have are refused.
 
     Raises:
-        AbqError: no such method or option.
+        AbqError: no such method or option, or what follows a colon is not OPTION=VALUE.
     """
+    name, *parts = label.split(":")
     if name not in METHODS:
         raise AbqError(f"unknown method {name!r}; this version has {', '.join(METHODS)}")
     try:
-        return METHODS[name](**options)
+        return METHODS[name](**dict(_option(label, part) for part in parts), **options)
     except TypeError as error:
-        raise AbqError(f"method {name!r}: {error}") from None
+        raise AbqError(f"method {label!r}: {error}") from None
+
+
+def _option(label: str, text: str) -> tuple[str, object]:
+    key, _, value = text.partition("=")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise AbqError(f"method {label!r}: {text!r} is not OPTION=VALUE, for example epochs=5") from None

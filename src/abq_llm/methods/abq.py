@@ -1,6 +1,7 @@
 """ABQ-LLM (Zeng et al., AAAI 2025, arXiv:2408.08554).
 
-Learns balance vectors s, clips and compensation vectors a, b of one block (`calibration.learned`) by the losses
+Learns balance vectors s, clips, compensation vectors a, b and, beyond the paper, the rounding of every weight of one
+block (`calibration.learned`) by the losses
 
     -log cos(d_q, d_fp) - log cos(d_q, d*_fp) + KL(A_q || A_fp) + KL(A_fp || A_q)        (`calibration.losses`)
 
@@ -31,7 +32,7 @@ from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, to_groups
 
 @dataclass(frozen=True)
 class Abq:
-    """Options. Each part of the paper can be switched off for ablation."""
+    """Options. Each part can be switched off for ablation; `rounding` and `search` are not the paper's."""
 
     name: ClassVar[str] = "abq"
     needs_data: ClassVar[bool] = True
@@ -40,6 +41,7 @@ class Abq:
     balance: bool = True
     clipping: bool = True
     compensation: bool = True
+    rounding: bool = True  # learn of each weight whether it goes up or down; off: to nearest
     dlc: bool = True  # off: relative MSE to the fp output
     akl: bool = True
     search: bool = True  # start from the best of a few alphas and from error-minimising clips; off: alpha 0.5, clip 1
@@ -47,6 +49,7 @@ class Abq:
     lr_balance: float = 5e-3
     lr_clipping: float = 1e-2
     lr_compensation: float = 1e-2
+    lr_rounding: float = 5e-3
     akl_rows: int = 256  # at most so many rows of each attention map in a step, drawn at random
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class _BlockFit:
                 Group(tuple(vectors.balance.values()), options.lr_balance),
                 Group(tuple(vectors.clip.values()), options.lr_clipping),
                 Group((*vectors.left.values(), *vectors.right.values()), options.lr_compensation),
+                Group(tuple(vectors.rounding.values()), options.lr_rounding),
             ],
             self._fetch,
             lambda *batch: self._loss(vectors, *batch),
@@ -86,7 +90,7 @@ class _BlockFit:
         return self.weights.fold(vectors)
 
     def _start(self, statistics: InputStatistics) -> Vectors:
-        """Balance by the best alpha, clips of least error, compensation a b^T = 0."""
+        """Balance by the best alpha, clips of least error, compensation a b^T = 0, rounding to nearest."""
         options, task = self.options, self.task
         vectors = Vectors()
         if options.balance:
@@ -108,6 +112,8 @@ class _BlockFit:
                 weight = self.weights.parameters[f"{name}.weight"]
                 vectors.left[name] = weight.new_zeros(weight.shape[0], 1)
                 vectors.right[name] = weight.new_ones(1, weight.shape[1])
+        if options.rounding:
+            vectors.rounding = self.weights.to_nearest()
         return vectors
 
     @torch.no_grad()
