@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py --model MODEL --calib TRAIN.raw --ppl TEST.raw --ppl C4.jsonl \
         --row W8A8:rtn --row W4A4:abq --row W4A4:abq:dlc=False --seeds 0,1,2 --jobs 6 --out benchmarks/results/NAME.json
 
-A row is SCHEME:METHOD[:option=value,...] with the method's own options. Rows x seeds run as separate processes,
+A row is SCHEME:METHOD[:OPTION=VALUE...] with the method's own options. Rows x seeds run as separate processes,
 `--jobs` at a time on one device: small models leave a GPU mostly idle. With `--fake`, the fake-quantized twin of
 each model (float products of rounded operands) is evaluated too.
 """
@@ -11,7 +11,6 @@ each model (float products of rounded operands) is evaluated too.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import functools
 import json
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from abq_llm.cli.common import commit_of_code
+from abq_llm.cli.common import commit_of_code, read_method
 
 
 class FakeQuantLinear(nn.Module):
@@ -54,18 +53,12 @@ def run(row: str, seed: int, args: argparse.Namespace) -> dict:
     from abq_llm.data import calibration_tokens, evaluation_tokens
     from abq_llm.evaluation import evaluate
     from abq_llm.linear import QuantLinear
-    from abq_llm.methods import METHODS, method_by_name
     from abq_llm.models import load_model
     from abq_llm.quantize import quantize
 
     torch.set_num_threads(max(1, args.threads // args.jobs))
-    scheme, name, *rest = row.split(":")
-    options = {
-        key: ast.literal_eval(value) for key, value in (item.split("=") for item in ",".join(rest).split(",") if item)
-    }
-    if "epochs" in getattr(METHODS.get(name), "__dataclass_fields__", {}):
-        options = {"epochs": args.epochs} | options
-    method = method_by_name(name, **options)
+    scheme, _, label = row.partition(":")
+    method = read_method(label, args.epochs)
     model, tokenizer = load_model(args.model, dtype=torch.float16)
     calibration = calibration_tokens(args.calib, tokenizer, samples=args.samples, seqlen=args.seqlen, seed=seed)
     report = quantize(model, scheme, method, calibration, device=args.device, seed=seed, batch_size=args.batch)

@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from abq_llm import kernels
-from abq_llm.cli.common import commit_of_code
+from abq_llm.cli.common import commit_of_code, read_method
 from abq_llm.cli.compare import compute_missing
 from abq_llm.cli.eval import read_texts
 from abq_llm.data import calibration_tokens
@@ -35,7 +35,7 @@ from abq_llm.evaluation import comparison, comparison_plot
 from abq_llm.evaluation.comparison import UNQUANTIZED, Record
 from abq_llm.evaluation.comparison_jobs import Job, longest_first
 from abq_llm.integrations.lm_eval import HarnessTasks
-from abq_llm.methods import METHODS, method_by_name
+from abq_llm.methods import method_by_name
 from abq_llm.scheme import Scheme
 
 ZERO_SHOT = ("W4A4", "W2*A8")
@@ -44,7 +44,7 @@ TABLES = {
     "Weights and activations": ("W6A6", "W4A4", "W2A8", "W2*A8"),
 }
 SCHEMES = tuple(scheme for schemes in TABLES.values() for scheme in schemes)
-LINES = ("rtn", "smoothquant", "gptq", "awq", "omniquant", "affinequant", "i_llm", "abq")
+LINES = ("rtn", "smoothquant", "gptq", "awq", "omniquant", "affinequant", "i_llm", "abq:rounding=False", "abq")
 MISSING = "missing"
 TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
 
@@ -59,7 +59,7 @@ def main() -> None:
     compute_parser.add_argument("--ppl", action="append", required=True)
     compute_parser.add_argument("--task-path", type=Path, help="Without it, no zero-shot tasks.")
     compute_parser.add_argument("--schemes", default=",".join(SCHEMES))
-    compute_parser.add_argument("--methods", default=",".join(METHODS))
+    compute_parser.add_argument("--methods", default=",".join(LINES))
     compute_parser.add_argument("--seeds", default="0,1,2")
     compute_parser.add_argument("--samples", type=int, default=32)
     compute_parser.add_argument("--seqlen", type=int, default=512)
@@ -114,11 +114,7 @@ def compute(args: argparse.Namespace) -> None:
 
 def ordered_jobs(args: argparse.Namespace, tokenizer, setup: comparison.Setup, scored: comparison.Setup) -> list[Job]:
     """Every cell once, in the order in which they are to start; with the setup that has tasks where they are wanted."""
-    methods = {name: method_by_name(name) for name in args.methods.split(",")}
-    methods = {
-        name: replace(method, epochs=args.epochs) if hasattr(method, "epochs") else method
-        for name, method in methods.items()
-    }
+    methods = {label: read_method(label, args.epochs) for label in args.methods.split(",")}
     schemes = [Scheme.parse(scheme) for scheme in args.schemes.split(",")]
     seeds = [int(seed) for seed in args.seeds.split(",")]
     tiers: dict[tuple[int, int], list[Job]] = defaultdict(list)
@@ -160,7 +156,7 @@ def tables(args: argparse.Namespace) -> None:
 
 
 def seeds_of(method: str, seeds: list[int]) -> list[int]:
-    return seeds if METHODS[method].needs_data else seeds[:1]
+    return seeds if method_by_name(method).needs_data else seeds[:1]
 
 
 def runs_on(records: list[Record], calib: str) -> list[Record]:
@@ -203,7 +199,7 @@ def write_record(path: Path, model: str, calib: str, runs: list[Record], missing
 
 def any_calibrated(rows: list[Record], schemes: tuple[str, ...]) -> bool:
     """Whether anything at these schemes depends on the calibration text."""
-    return any(row["scheme"] in schemes and METHODS[row["method"]].needs_data for row in rows)
+    return any(row["scheme"] in schemes and method_by_name(row["method"]).needs_data for row in rows)
 
 
 def perplexity_tables(rows: list[Record], schemes: tuple[str, ...]) -> list[str]:
