@@ -8,7 +8,7 @@ from abq_llm.calibration.reconstruct import Group, Outcome, reconstruct
 SAMPLES = torch.randn(16, 3, generator=torch.Generator().manual_seed(0)) + 1
 
 
-def fit(x, loss, *, epochs=20, lr=0.05, batch_size=4, seed=0, groups=None, training=None, held_out=None):
+def fit(x, loss, *, epochs=20, lr=0.05, batch_size=4, seed=0, groups=None, training=None, held_out=None, **options):
     """Fit x to samples by `loss(batch, whether training)` -> (Outcome, losses reported, batches fetched)."""
     losses, fetched = [], []
 
@@ -26,6 +26,7 @@ def fit(x, loss, *, epochs=20, lr=0.05, batch_size=4, seed=0, groups=None, train
         epochs=epochs,
         generator=torch.Generator().manual_seed(seed),
         report=lambda epoch, value: losses.append((epoch, value)),
+        **options,
     )
     assert [epoch for epoch, _ in losses] == list(range(len(losses)))
     return outcome, [value for _, value in losses], fetched
@@ -49,6 +50,17 @@ def test_a_quadratic_is_minimised():
     assert outcome.before == pytest.approx(float((5 - SAMPLES).square().mean()))
     assert 0.999 * least < outcome.after < 1.01 * least and outcome.after == min(losses) and not outcome.diverged
     assert not x.requires_grad and x.grad is None
+
+
+def test_rates_that_decay_fall_linearly_to_nearly_zero():
+    """Adam's first steps under one gradient are as long as the rate: six steps of 1, 5/6, 4/6 ... of it."""
+    x, start = torch.zeros(3), 0.05
+    slope = lambda batch, training: -x.sum() + 0 * batch.sum()  # noqa: E731
+    fit(x, slope, epochs=2, lr=start, decay=True)  # 12 samples in batches of 4
+    torch.testing.assert_close(x, torch.full((3,), start * (1 + 5 + 4 + 3 + 2 + 6) / 6), rtol=1e-4, atol=0)
+    y = torch.zeros(3)
+    fit(y, lambda batch, training: -y.sum() + 0 * batch.sum(), epochs=2, lr=start)
+    torch.testing.assert_close(y, torch.full((3,), start * 6), rtol=1e-4, atol=0)
 
 
 def test_the_best_state_is_kept_when_the_loss_rises_later():

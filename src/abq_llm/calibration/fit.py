@@ -43,9 +43,11 @@ def fit(
     loss: Callable[..., Tensor],
     samples: Samples,
     epochs: int,
+    *,
+    decay: bool = False,
     before_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
-    """Train the tensors of `groups` by `reconstruct`; the held-out loss that is left becomes the block's."""
+    """Train the tensors of `groups` by `reconstruct`, which see; the held-out loss that is left becomes the block's."""
     outcome = reconstruct(
         groups,
         fetch,
@@ -57,6 +59,7 @@ def fit(
         generator=samples.generator,
         report=lambda epoch, value: task.report(f"epoch {epoch + 1}/{epochs}", value),
         before_epoch=before_epoch,
+        decay=decay,
         graphs=task.experts is None,
     )
     task.block_loss = outcome.after

@@ -40,6 +40,7 @@ def reconstruct(
     generator: torch.Generator,
     report: Callable[[int, float], None],
     graphs: bool = True,
+    decay: bool = False,
     before_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Outcome:
     """Minimise `loss(*fetch(samples, True))` over `training`; leave the tensors as after the epoch best on `held_out`.
@@ -51,6 +52,7 @@ def reconstruct(
         training, held_out: sample indices, int64. A last short batch of a shuffled epoch is left out.
         report: called with (epoch, held-out loss).
         graphs: on a GPU, capture steps into CUDA graphs. Then the loss must not look at values, as routing does.
+        decay: learning rates fall linearly, from those of the groups in the first step to nearly 0 in the last.
         before_epoch: called with the epoch. What it changes in place, `loss` sees, captured or not.
 
     A held-out loss that is not finite ends the training; the best state so far is kept.
@@ -69,8 +71,9 @@ def reconstruct(
     if not tensors or not epochs or not _finite(before):
         return Outcome(before, before, not _finite(before))
     best_state = [tensor.detach().clone() for tensor in tensors]
+    trained = [group for group in groups if group.tensors]
     optimizer = torch.optim.AdamW(
-        [{"params": list(group.tensors), "lr": group.lr} for group in groups if group.tensors],
+        [{"params": list(group.tensors), "lr": _rate(group.lr, decay, device)} for group in trained],
         weight_decay=0.0,
         fused=True,
         capturable=device.type == "cuda",
@@ -86,11 +89,15 @@ def reconstruct(
         return value.detach()
 
     step, diverged = graphed(train, device), False
+    steps = steps_of_epoch(training, batch_size)
     for epoch in range(epochs):
         before_epoch(epoch)
-        for batch in training[torch.randperm(len(training), generator=generator)].split(batch_size):
-            if len(batch) == min(batch_size, len(training)):
-                step(*fetch(batch, True))
+        order = training[torch.randperm(len(training), generator=generator)]
+        for i, batch in enumerate(order.split(batch_size)[:steps]):
+            if decay:
+                for group, state in zip(trained, optimizer.param_groups, strict=True):
+                    state["lr"].fill_(group.lr * (1 - (epoch * steps + i) / (epochs * steps)))
+            step(*fetch(batch, True))
         epoch_loss = held_out_loss()
         report(epoch, epoch_loss)
         if not _finite(epoch_loss):
@@ -104,6 +111,11 @@ def reconstruct(
         tensor.grad = None
         tensor.copy_(best)
     return Outcome(before, best_loss, diverged)
+
+
+def steps_of_epoch(training: Tensor, batch_size: int) -> int:
+    """How many batches are trained on: the whole ones, or one if there is none."""
+    return max(1, len(training) // batch_size)
 
 
 def _graphed(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
@@ -142,6 +154,11 @@ def _graphed(function: Callable[..., Tensor], device: torch.device) -> Callable[
         return value
 
     return call
+
+
+def _rate(lr: float, changes: bool, device: torch.device) -> float | Tensor:
+    """What AdamW is given: a tensor if it changes, for a captured step to see it."""
+    return torch.tensor(lr, device=device) if changes else lr
 
 
 def _finite(loss: float) -> bool:

@@ -24,10 +24,12 @@ from abq_llm.calibration.block import BlockTask, InputStatistics, input_statisti
 from abq_llm.calibration.fit import fit, split_samples, take
 from abq_llm.calibration.learned import CLIP_AT_START, LearnedWeights, Vectors
 from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
-from abq_llm.calibration.reconstruct import Group
+from abq_llm.calibration.reconstruct import Group, steps_of_epoch
 from abq_llm.calibration.transforms import consumers, initial_log_scale, spread
 from abq_llm.errors import AbqError
 from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, to_groups
+
+FEWEST_STEPS = 32  # with fewer, steps long enough to turn every rounding do more harm than good
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Abq:
     balance: bool = True
     clipping: bool = True
     compensation: bool = True
-    rounding: bool = True  # learn of each weight whether it goes up or down; off: to nearest
+    rounding: bool = True  # learn of each weight whether it goes up or down, at rates that fall to 0; off: to nearest
     dlc: bool = True  # off: relative MSE to the fp output
     akl: bool = True
     search: bool = True  # start from the best of a few alphas and from error-minimising clips; off: alpha 0.5, clip 1
@@ -49,7 +51,7 @@ class Abq:
     lr_balance: float = 5e-3
     lr_clipping: float = 1e-2
     lr_compensation: float = 1e-2
-    lr_rounding: float = 5e-3
+    lr_rounding: float = 1.0  # divided by the number of steps: V can get half a step of the grid away, as in SignRound
     akl_rows: int = 256  # at most so many rows of each attention map in a step, drawn at random
 
     def __post_init__(self) -> None:
@@ -74,18 +76,20 @@ class _BlockFit:
 
     def run(self) -> dict[str, QParams]:
         options, vectors = self.options, self._start(self.statistics)
+        steps = options.epochs * steps_of_epoch(self.samples.training, self.task.batch_size)
         fit(
             self.task,
             [
                 Group(tuple(vectors.balance.values()), options.lr_balance),
                 Group(tuple(vectors.clip.values()), options.lr_clipping),
                 Group((*vectors.left.values(), *vectors.right.values()), options.lr_compensation),
-                Group(tuple(vectors.rounding.values()), options.lr_rounding),
+                Group(tuple(vectors.rounding.values()), options.lr_rounding / max(FEWEST_STEPS, steps)),
             ],
             self._fetch,
             lambda *batch: self._loss(vectors, *batch),
             self.samples,
             options.epochs,
+            decay=options.rounding,
         )
         return self.weights.fold(vectors)
 

@@ -112,5 +112,5 @@ def reconstruct_output(
         loss,
         split_samples(task),
         epochs,
-        before_epoch,
+        before_epoch=before_epoch,
     )
