@@ -4,6 +4,8 @@ python benchmarks/tables.py accuracy benchmarks/results/smollm2_h100.json benchm
 python benchmarks/tables.py ablation benchmarks/results/smollm2_ablation_h100.json
 python benchmarks/tables.py integer benchmarks/results/integer_only_cpu.json
 python benchmarks/tables.py rivals benchmarks/results/rivals_*.json
+python benchmarks/tables.py field benchmarks/results/paper_smollm2_h100_wiki_train_head.json \
+    benchmarks/results/rivals_ours_h100.json
 """
 
 from __future__ import annotations
@@ -84,6 +86,30 @@ def rivals(record: dict) -> None:
         print("| " + " | ".join([scheme, system, *cells]) + " |")
 
 
+def field(record: dict) -> None:
+    """Of the rows of `abq compare`: round to nearest, the best other method, and abq, perplexity on each text; abq is
+    bold where it is the best.
+    """
+    runs = defaultdict(list)
+    for row in record["rows"]:
+        figures = {text: {"perplexity": value} for text, value in row["perplexity"].items()}
+        runs[row["scheme"], row["method"]].append(figures | {"bits": row["bits_per_weight"]})
+    texts = sorted(record["rows"][0]["perplexity"], reverse=True)
+    unquantized = runs.pop(("W16A16", "fp"))[0]
+    print("| | bits/weight | " + " | ".join(f"{text}: rtn | best other | abq" for text in texts) + " |")
+    print("|---|---|" + "---|---|---|" * len(texts))
+    print("| fp16 | 16 | " + " | ".join(f"| | {_short(unquantized[text]['perplexity'])}" for text in texts) + " |")
+    for scheme in dict.fromkeys(scheme for scheme, _ in runs):
+        others = [name for s, name in runs if s == scheme and name.split(":")[0] not in ("rtn", "abq")]
+        cells = [scheme, f"{runs[scheme, 'abq'][0]['bits']:.2f}"]
+        for text in texts:
+            best = min(others, key=lambda name: _mean(runs[scheme, name], text, "perplexity"))
+            rtn, other, ours = (_spread(runs[scheme, name], text, "perplexity") for name in ("rtn", best, "abq"))
+            first = _mean(runs[scheme, "abq"], text, "perplexity") < _mean(runs[scheme, best], text, "perplexity")
+            cells += [rtn, f"{other} ({best})", f"**{ours}**" if first else ours]
+        print("| " + " | ".join(cells) + " |")
+
+
 def _runs(record: dict) -> dict[str, list[dict]]:
     """Row -> its runs, one for each seed."""
     runs = defaultdict(list)
@@ -115,4 +141,6 @@ if __name__ == "__main__":
         with open(path) as file:
             records.append(json.load(file))
     merged = {**records[0], "rows": [row for record in records for row in record["rows"]]}
-    {"accuracy": accuracy, "ablation": ablation, "integer": integer, "rivals": rivals}[sys.argv[1]](merged)
+    {"accuracy": accuracy, "ablation": ablation, "integer": integer, "rivals": rivals, "field": field}[sys.argv[1]](
+        merged
+    )
