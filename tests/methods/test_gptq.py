@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 from abq_llm.architectures.table import NormPair
+from abq_llm.calibration.experts import all_experts_shown_all
+from abq_llm.calibration.moments import linears_by_input, moments
+from abq_llm.calibration.transforms import block_parameters
 from abq_llm.errors import AbqError
 from abq_llm.linear import QuantLinear
 from abq_llm.methods import gptq, method_by_name
-from abq_llm.methods.gptq import Gptq, choose_grid, hessian, inverse_factor, linears_by_input, round_columns
+from abq_llm.methods.gptq import Gptq, choose_grid, corrected, inverse_factor, round_columns
 from abq_llm.quantize import quantize
 from abq_llm.quantizers import choose_qparams, fake_quantize, from_groups, to_groups
 from abq_llm.scheme import Scheme
@@ -28,6 +31,10 @@ def problem(n=6, k=24, tokens=200, rank=6, seed=0):
     X += 0.3 * torch.randn(k, tokens, generator=generator)
     X *= torch.linspace(0.5, 2, k)[torch.randperm(k, generator=generator), None]
     return W, X, 2 * X.double() @ X.double().T
+
+
+def hessian(task, linear):
+    return moments(task, linear)[0]
 
 
 def nearest(W, scheme):
@@ -173,13 +180,13 @@ def test_damping_rises_until_there_is_a_factor():
 
 @pytest.mark.parametrize(("value", "words"), [(1e9, "not positive definite.*100 of"), (float("nan"), "not finite")])
 def test_a_hessian_beyond_help_is_an_error_that_names_the_linears(value, words, monkeypatch):
-    def broken(task, linear):
+    def broken(task, linear, original):
         H = torch.eye(linear.in_features, dtype=torch.float64)
         H[0, 1] = H[1, 0] = value
         H[0, 0] = 1 if value == value else value
-        return H
+        return H, None
 
-    monkeypatch.setattr(gptq, "hessian", broken)
+    monkeypatch.setattr(gptq, "moments", broken)
     with pytest.raises(AbqError, match=rf"block 0: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: .*{words}"):
         Gptq().quantize_block(first_block(tiny_model()))
 
@@ -230,7 +237,7 @@ def test_later_linears_see_what_the_rounded_ones_compute(scheme, monkeypatch):
     task.quantized_stream = task.fp_stream + 0.1 * torch.randn(task.fp_stream.shape)
     groups = linears_by_input(task)
     original = [hessian(task, task.linears[names[0]]) for names in groups]
-    monkeypatch.setattr(gptq, "hessian", lambda *args: seen.append(hessian(*args)) or seen[-1])
+    monkeypatch.setattr(gptq, "moments", lambda *args: (seen.append(hessian(*args[:2])) or seen[-1], None))
     target = task.fp_output
     Gptq().quantize_block(task)
 
@@ -283,7 +290,70 @@ def test_mixed_precision_leaves_the_hessian_in_full():
     assert not torch.equal(mixed, mixed.bfloat16().double())
 
 
-@pytest.mark.parametrize("options", [{"damp": -0.1}, {"damp": float("nan")}, {"damp": float("inf")}, {"block": 0}])
+@pytest.mark.parametrize(
+    "options", [{"damp": -0.1}, {"damp": float("nan")}, {"damp": float("inf")}, {"block": 0}, {"correction": 1.5}]
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(AbqError, match=rf"{next(iter(options))}="):
         method_by_name("gptq", **options)
+
+
+def test_the_corrected_weight_is_the_least_squares_solution():
+    """W' X is as near to W X_fp as any weight takes X, and half the correction goes half the way."""
+    W, X, H = problem()
+    X_fp = X + 0.2 * torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
+    D = 2 * (X_fp - X).double() @ X.double().T
+    solution = torch.linalg.lstsq(X.T.double(), (W @ X_fp).T.double()).solution.T
+    whole, half = (corrected(W, H, D, Gptq(damp=0.0, correction=share)) for share in (1.0, 0.5))
+    torch.testing.assert_close(whole.double(), solution, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(half, (W + whole) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_dead_channels_are_left_out_of_the_correction():
+    W, X, _ = problem()
+    X[3] = 0
+    X_fp = X + torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
+    H, D = 2 * X.double() @ X.double().T, 2 * (X_fp - X).double() @ X.double().T
+    moved = corrected(W, H, D, Gptq(correction=1.0))
+    assert torch.equal(moved[:, 3], W[:, 3]) and moved.isfinite().all() and not torch.equal(moved, W)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mixtral"])
+def test_moments_pair_the_streams_token_by_token(variant):
+    """X of what the block has become, X_fp of the original one: also of experts that the streams route differently."""
+    model_type, overrides = VARIANTS[variant]
+    task = first_block(tiny_model(model_type, **overrides), "W4A6")
+    task.quantized_stream = task.fp_stream + 0.3 * torch.randn(task.fp_stream.shape)
+    original = {name: tensor.clone() for name, tensor in block_parameters(task.block).items()}
+    name = list(task.linears)[-1]
+    for linear in task.linears.values():
+        linear.weight.data += 0.02 * torch.randn(linear.weight.shape)
+    seen = []
+    linear = task.linears[name]
+    handle = linear.register_forward_hook(lambda module, args, _: seen.append(args[0].flatten(0, -2).double().T))
+    with all_experts_shown_all(task):
+        task.forward(task.quantized_stream, quantized=True)
+        task.forward(task.fp_stream, original, quantized=False)
+    handle.remove()
+    (X, X_fp), (H, D) = seen, moments(task, linear, original)
+    assert X.shape[1] == task.fp_stream[..., 0].numel() and not torch.equal(X, X_fp)
+    torch.testing.assert_close(H, 2 * X @ X.T, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(D, 2 * (X_fp - X) @ X.T, rtol=1e-4, atol=1e-3)
+    assert moments(task, linear)[1] is None
+
+
+@pytest.mark.parametrize("variant", ["llama", "mixtral"])
+def test_correction_makes_up_for_what_the_inputs_have_lost(variant):
+    """Nothing in the first linears, whose inputs are whole; the last block ends nearer to the fp one."""
+    losses, first = [], []
+
+    def look(task, grids):
+        if task.index == 0:
+            first.append(next(iter(task.linears.values())).weight.clone())
+
+    for share in (0.0, 0.5):
+        model_type, overrides = VARIANTS[variant]
+        method = Watched(Gptq(correction=share), look)
+        report = quantize(tiny_model(model_type, **overrides), "W3A16", method, calibration(), device="cpu")
+        losses.append(report.block_losses[-1])
+    assert torch.equal(*first) and losses[1] < 0.95 * losses[0]

@@ -39,6 +39,21 @@ def rare_experts_shown_all(task: BlockTask) -> Iterator[None]:
         del experts.shown_all
 
 
+@contextmanager
+def all_experts_shown_all(task: BlockTask) -> Iterator[None]:
+    """Within, every expert of the block, if it has any, runs on every token; what the block computes stays the same."""
+    experts = task.experts
+    if experts is None:
+        yield
+        return
+    before = experts.shown_all
+    experts.shown_all = frozenset(range(len(experts)))
+    try:
+        yield
+    finally:
+        experts.shown_all = before
+
+
 @torch.no_grad()
 def routed_tokens(task: BlockTask, experts: LinearExperts, stream: Tensor) -> Tensor:
     """int64 [experts]: how many tokens of `stream` the router sends to each."""

@@ -7,6 +7,10 @@ the error on the inputs X [K, tokens]:
     Q_i = quant(W_i)      E_i = (W_i - Q_i) / U_ii      W_j -= E_i U_ij  for j > i
 
 within blocks of B columns at once, and on what lies behind a block when it is done (lazy batches, section 3.3, step 2).
+With `correction`, the target is no longer W X but on the way to W X_fp, X_fp being the inputs on the fp stream (the
+asymmetric calibration of GPTAQ, Li et al., ICML 2025, arXiv:2504.02692): what the inputs have lost, the weights make up
+for. || W X_fp - Q X ||^2 = || W' X - Q X ||^2 + const for W' = W X_fp X^T (X X^T)^-1, so W' is rounded instead of W.
+
 The linears of a block are rounded in the order in which they run: X holds what the linears before them make of the
 quantized stream once they are rounded, with activations and KV quantized as in the scheme. Options and differences from
 the paper and its published code are in docs/methods/gptq.md.
@@ -14,14 +18,17 @@ the paper and its published code are in docs/methods/gptq.md.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from abq_llm.calibration.block import BlockTask, output_error
+from abq_llm.calibration.moments import linears_by_input, moments
+from abq_llm.calibration.transforms import block_parameters
 from abq_llm.errors import AbqError
 from abq_llm.quantizers import QParams, choose_qparams, fake_quantize, to_groups
 from abq_llm.scheme import IntFormat, Scheme
@@ -41,21 +48,25 @@ class Gptq:
     act_order: bool = True  # columns of large diag H first; implies static_groups
     static_groups: bool = False  # grids from the original weight; off: from the weight as it is when a group is reached
     mse: bool = True  # grids of least |W - quant(W)|^2.4 over shrunk ranges; off: min-max
+    correction: float = 0.0  # how far to go from W to W', 0..1; GPTQ itself is 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp < float("inf") or self.block < 1:
-            raise AbqError(f"{self}: damp must be finite and >= 0, block >= 1")
+        if not 0 <= self.damp < float("inf") or self.block < 1 or not 0 <= self.correction <= 1:
+            raise AbqError(f"{self}: damp must be finite and >= 0, block >= 1, correction in 0..1")
 
     def quantize_block(self, task: BlockTask) -> dict[str, QParams]:
         target = task.fp_output
+        original = copy.deepcopy(block_parameters(task.block)) if self.correction else None
         grids: dict[str, QParams] = {}
         for names in linears_by_input(task):
             where = f"block {task.index}: {', '.join(names)}"
             task.report(where, None)
             linears = [task.linears[name] for name in names]
-            H = hessian(task, linears[0])
             W = torch.cat([linear.weight.detach() for linear in linears])  # rows do not know of each other
+            H, D = moments(task, linears[0], original)
             try:
+                if D is not None:
+                    W = corrected(W, H, D, self)
                 Q, grid = round_columns(W, H, task.scheme, self, task.scale_dtype, _reporter(task, where))
             except AbqError as error:
                 raise AbqError(f"{where}: {error}") from None
@@ -70,68 +81,10 @@ class Gptq:
 
 
 @torch.no_grad()
-def linears_by_input(task: BlockTask) -> list[list[str]]:
-    """Names of the block's linears in the order in which they run, those that are given one tensor together.
-
-    Seen on one sample, so that no table has to say it; on more where experts do not run on the first.
-    """
-    seen: list[tuple[Tensor, list[str]]] = []
-    missing = set(task.linears)
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if name not in missing:
-                return
-            missing.remove(name)
-            for x, names in seen:
-                if x is args[0]:
-                    names.append(name)
-                    return
-            seen.append((args[0], [name]))
-
-        return see
-
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in task.linears.items()]
-    try:
-        for sample in task.quantized_stream.split(1):
-            if missing:
-                task.forward(sample.to(task.device), quantized=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if missing:
-        raise AbqError(f"block {task.index} never runs {', '.join(sorted(missing))}: nothing to calibrate it with")
-    return [names for _, names in seen]
-
-
-@torch.no_grad()
-def hessian(task: BlockTask, linear: nn.Linear) -> Tensor:
-    """H = 2 X X^T, float64 [K, K]: X is the input of `linear` on the quantized stream, quantized as in the scheme.
-
-    Products of one batch are fp32, their sum is float64. The pass ends where it reaches `linear`.
-    """
-
-    class Reached(Exception):
-        pass
-
-    H = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=task.device)
-
-    def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # args: what the pre-hooks made of it
-        with torch.autocast(task.device.type, enabled=False):
-            X = args[0].float().reshape(-1, linear.in_features).T
-            H.add_(X @ X.T, alpha=2)
-        raise Reached
-
-    handle = linear.register_forward_hook(see)
-    try:
-        for part in task.batches(task.quantized_stream):
-            try:
-                task.forward(task.quantized_stream[part].to(task.device), quantized=True)
-            except Reached:
-                continue
-    finally:
-        handle.remove()
-    return H
+def corrected(W: Tensor, H: Tensor, D: Tensor, options: Gptq) -> Tensor:
+    """W [N, K] -> W + correction W D H^-1, fp32, with H damped; a dead column gets nothing and gives nothing."""
+    U = inverse_factor(H, options.damp)
+    return (W.double() + options.correction * (W.double() @ D @ U.T @ U)).float()
 
 
 @torch.no_grad()
