@@ -1,8 +1,8 @@
-"""Cost of calibrating with abq: a model, or one decoder block of LLaMA-7B's shape with random weights. Writes one
+"""Cost of calibrating: a model, or one decoder block of LLaMA-7B's shape with random weights. Writes one
 JSON record.
 
     python benchmarks/calibration_cost.py --scheme W4A4 --epochs 20 --out benchmarks/results/NAME.json   # 7B block
-    python benchmarks/calibration_cost.py --model MODEL --calib FILE --blocks 2 --scheme W4A4 --out ...
+    python benchmarks/calibration_cost.py --model MODEL --calib FILE --blocks 2 --method abq:rounding=False --out ...
 
 Times are of one run. `training_seconds` is what grows with the epochs; the rest (both streams, statistics, searches,
 packing) does not.
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from abq_llm.cli.common import commit_of_code, read_method
 from abq_llm.data import TokenSet, calibration_tokens
-from abq_llm.methods import Abq
 from abq_llm.models import load_model
 from abq_llm.quantize import quantize
 
@@ -39,12 +39,14 @@ def main() -> None:
     parser.add_argument("--calib")
     parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument("--scheme", default="W4A4")
+    parser.add_argument("--method", default="abq", help="With options: abq:rounding=False.")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--autocast", choices=("none", "bfloat16"), default="none")
     parser.add_argument("--offload", action="store_true", help="streams in host memory, as on a small GPU")
+    parser.add_argument("--commit", help="Of the code, where the tree has no git history.")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
@@ -70,7 +72,7 @@ def main() -> None:
     report = quantize(
         model,
         args.scheme,
-        Abq(epochs=args.epochs),
+        read_method(args.method, args.epochs),
         tokens,
         batch_size=args.batch,
         autocast=autocast,
@@ -83,7 +85,12 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
-        "arguments": {key: str(value) for key, value in vars(args).items() if key != "out"},
+        "commit": args.commit or commit_of_code(),
+        "arguments": {
+            key: Path(value).name if key in ("model", "calib") and value else str(value)
+            for key, value in vars(args).items()
+            if key not in ("out", "commit")
+        },
         "blocks_measured": blocks,
         "blocks_of_the_model": total,
         "seconds": report.seconds,

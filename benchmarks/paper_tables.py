@@ -2,8 +2,8 @@
 
     python benchmarks/paper_tables.py compute --model MODEL --calib TRAIN.raw --calib C4.jsonl \
         --ppl TEST.raw --ppl HELD_OUT_C4.jsonl --task-path DIR --cells CELLS --jobs 20 --seconds 600
-    python benchmarks/paper_tables.py tables --cells CELLS --out benchmarks/results/NAME --images docs/images \
-        --doc docs/results.md
+    python benchmarks/paper_tables.py tables --cells CELLS --model NAME --out benchmarks/results/NAME \
+        --images docs/images --doc docs/results.md
 
 `compute` is `abq compare` for several calibration texts at once, on all GPUs: every method at every scheme of `TABLES`,
 with the tasks at the schemes of `ZERO_SHOT`. All seeds of a text come before the next text, seed after seed, and what

@@ -1,4 +1,4 @@
-"""KL(unquantized ‖ quantized) of a few methods at each scheme of records of `abq compare`'s rows, as a PNG.
+"""KL(unquantized ‖ quantized) of a few methods at each scheme of records with the rows of `abq compare`, as a PNG.
 
 python benchmarks/plot_accuracy.py benchmarks/results/paper_smollm2_h100_wiki_train_head.json \
     benchmarks/results/rivals_ours_h100.json docs/images/smollm2_kl.png

@@ -64,7 +64,7 @@ def quantize(
     Args:
         model: a causal language model of a supported architecture, fp32, fp16 or bf16, on any device.
         scheme: "W4A8g128" or a `Scheme`.
-        method: a name in `methods.METHODS` or a method with its options.
+        method: a name in `methods.METHODS`, with options after colons if any ("abq:akl=False"), or a method.
         calibration: tokens, from `data.calibration_tokens`; a method that learns nothing needs none.
         device: where one block at a time is calibrated; "auto" is the first GPU or else the CPU.
         epochs: shorthand for the method's option of that name.

@@ -47,7 +47,9 @@ def fit(
     decay: bool = False,
     before_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
-    """Train the tensors of `groups` by `reconstruct`, which see; the held-out loss that is left becomes the block's."""
+    """Train the tensors of `groups` by `reconstruct`, where the arguments are explained; the held-out loss that is left
+    becomes the block's.
+    """
     outcome = reconstruct(
         groups,
         fetch,

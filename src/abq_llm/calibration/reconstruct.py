@@ -1,4 +1,4 @@
-"""The training loop that learned methods share: AdamW over a few vectors of one block, keep-best, NaN-safe."""
+"""The training loop that learned methods share: AdamW over what is learned in one block, keep-best, NaN-safe."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from abq_llm.errors import AbqError
 
 def quantize(
     model: Annotated[str, typer.Argument(help="Hub id, local directory, or .gguf file.")],
-    scheme: Annotated[str, typer.Option("-s", "--scheme", help="W<p>[*]A<q>[KV<r>][g<size>], for example W4A8g128.")],
+    scheme: Annotated[str, typer.Option("-s", "--scheme", help=r"W<p>[*]A<q>[KV<r>]\[g<size>], for example W4A8g128.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="New directory for the checkpoint.")],
     method: Annotated[
         str,

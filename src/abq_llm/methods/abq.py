@@ -63,7 +63,7 @@ class Abq:
 
 
 class _BlockFit:
-    """Fit the vectors of one block and fold them into it."""
+    """Fit the vectors and the rounding of one block and fold them into it."""
 
     def __init__(self, options: Abq, task: BlockTask) -> None:
         self.options, self.task = options, task
