@@ -134,7 +134,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = grad * inside
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:
-            grad_scale = ((grad * y - grad_x * x).sum(-1, keepdim=True)) / scale
+            grad_scale = (grad * y).sub_(grad_x * x).sum(-1, keepdim=True) / scale
         if ctx.needs_input_grad[2]:
             grad_zero_point = (grad_x - grad).sum(-1, keepdim=True) * scale
         return grad_x, grad_scale, grad_zero_point, None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from abq_llm.calibration.block import input_statistics
-from abq_llm.calibration.learned import CLIP_AT_START
+from abq_llm.calibration.learned import CLIP_AT_START, LearnedWeights
 from abq_llm.calibration.losses import akl_loss, dlc_loss, relative_mse
 from abq_llm.calibration.transforms import apply, block_parameters, initial_log_scale
 from abq_llm.errors import AbqError
@@ -17,7 +17,7 @@ from abq_llm.quantize import quantize
 from abq_llm.quantizers import choose_qparams, fake_quantize, from_groups, to_groups
 from abq_llm.scheme import Scheme
 from tests.blocks import Watched, calibration, first_block, random_tokens
-from tests.tiny import tiny_model
+from tests.tiny import VARIANTS, tiny_model
 
 SWITCHES = [field.name for field in fields(Abq) if field.type == "bool"]
 OFF = dict.fromkeys(SWITCHES, False)
@@ -194,13 +194,35 @@ def test_learned_rounding_takes_a_neighbour_and_loses_less(scheme):
     assert moved > 100
 
 
-def test_what_was_trained_is_what_is_packed():
-    """The codes of a block whose rounding was learned are those that its held-out loss was measured with."""
-    task = first_block(tiny_model(), "W3A8g32")
-    grids = Abq(epochs=2).quantize_block(task)
-    for name, linear in task.linears.items():
-        groups = to_groups(linear.weight.detach(), 32)
-        assert torch.equal(fake_quantize(groups, grids[name], task.scheme.weight), groups)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["llama", "mixtral"])
+def test_what_was_trained_is_what_is_packed(variant, dtype, monkeypatch):
+    """Though norms are stored in bf16, and some scales as powers of two."""
+    model_type, overrides = VARIANTS[variant]
+    model = tiny_model(model_type, **overrides).to(dtype).float()
+    task = first_block(model, "W3A16g32", samples=16, storage_dtype=dtype)
+    trained, fold = {}, LearnedWeights.fold
+
+    def look(weights, vectors):
+        assert all(V.abs().max() > 0.03 for V in vectors.rounding.values())
+        trained.update({name: tensor.clone() for name, tensor in weights.quantized(copy.deepcopy(vectors)).items()})
+        return fold(weights, vectors)
+
+    monkeypatch.setattr(LearnedWeights, "fold", look)
+    Abq(epochs=12).quantize_block(task)
+    assert all(
+        torch.equal(trained[f"{name}.weight"], block_parameters(task.block)[f"{name}.weight"]) for name in task.linears
+    )
+
+
+@pytest.mark.parametrize(("epochs", "batch_size", "rate"), [(2, 4, 1 / 32), (10, 2, 1 / 70), (40, 4, 1 / 120)])
+def test_the_rate_of_rounding_goes_by_the_number_of_steps(epochs, batch_size, rate, monkeypatch):
+    """16 samples, of which 14 are trained on; the rate of the first step, by which all V move at most."""
+    task = first_block(tiny_model(), "W3A16", samples=16, batch_size=batch_size)
+    groups = []
+    monkeypatch.setattr(abq, "fit", lambda task, given, *rest, **options: groups.extend(given))
+    Abq(epochs=epochs).quantize_block(task)
+    assert groups[-1].lr == pytest.approx(rate) and len(groups[-1].tensors) == 2  # groups of 64 and of 128
 
 
 @pytest.mark.parametrize("scheme", ["W2A16g32", "W3A8", "W2*A8"])

@@ -83,6 +83,8 @@ class LearnedWeights:
         """The parameters with scales moved and compensation added; only the latter changes what the block computes."""
         parameters = self.parameters
         for pair, log_scale in vectors.balance.items():
+            if vectors.rounding:  # worth nothing to a weight that is scaled otherwise once it is stored
+                log_scale = self._as_stored(pair, log_scale)
             if pair in vectors.shift:
                 parameters = shift(pair, parameters, vectors.shift[pair], self.task.head_dim)
             parameters = apply(pair, parameters, log_scale, self.task.head_dim)
@@ -92,6 +94,11 @@ class LearnedWeights:
             weight = parameters[f"{name}.weight"]
             parameters = {**parameters, f"{name}.weight": weight + left @ vectors.right[name]}
         return parameters
+
+    def _as_stored(self, pair: Pair, log_scale: Tensor) -> Tensor:
+        """What `fold` will make of it; straight through for the gradient."""
+        stored = storable_log_scale(pair, self.parameters, log_scale.detach(), self.task.storage_dtype)
+        return stored + (log_scale - log_scale.detach())
 
     def quantized(self, vectors: Vectors) -> Parameters:
         """The block's parameters as they will run: transformed, compensated, quantized; differentiable in the
@@ -137,7 +144,10 @@ class LearnedWeights:
             hi, lo = torch.sigmoid(vectors.clip[size]) / CLIP_AT_START if vectors.clip else (1.0, 1.0)
             grid = choose_qparams(groups, scheme.weight, clip_hi=hi, clip_lo=lo, scale_dtype=self.task.scale_dtype)
             if vectors.rounding:
-                groups = groups + vectors.rounding[size].clamp(-0.5, 0.5) * grid.scale
+                V = vectors.rounding[size]
+                with torch.no_grad():
+                    V.clamp_(-0.5, 0.5)
+                groups = torch.addcmul(groups, V, grid.scale)
             yield names, groups, grid
 
     def _groups(self, names: list[str], parameters: Parameters) -> Tensor:
