@@ -160,10 +160,12 @@ def seeds_of(method: str, seeds: list[int]) -> list[int]:
 
 
 def runs_on(records: list[Record], calib: str) -> list[Record]:
-    """Those calibrated on that text or on none, in the order of the tables."""
+    """Those of the tables calibrated on that text or on none, in their order."""
     found: dict[tuple[str, str, int], Record] = {}
     for record in records:
         if (record["inputs"]["calibration"] or {"name": calib})["name"] != calib:
+            continue
+        if record["method"] not in (UNQUANTIZED, *LINES) or record["scheme"] not in ("W16A16", *SCHEMES):
             continue
         key = record["scheme"], record["method"], record["seed"]
         if key in found and record["method"] != UNQUANTIZED:

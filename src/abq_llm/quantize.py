@@ -164,7 +164,7 @@ def _claim(work_dir: Path, inputs: dict[str, Any]) -> None:
     run = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
     mark = work_dir / "run.json"
     work_dir.mkdir(parents=True, exist_ok=True)
-    if not any(work_dir.iterdir()):
+    if all(path.suffix == ".tmp" for path in work_dir.iterdir()):  # nothing, or half-written
         aside = mark.with_suffix(".tmp")
         aside.write_text(json.dumps({"fingerprint": run}))
         aside.replace(mark)

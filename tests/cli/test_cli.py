@@ -419,6 +419,13 @@ def test_a_foreign_folder_is_neither_taken_over_nor_removed(
     assert (tmp_path / "out.partial" / name).read_text() == content
 
 
+def test_a_run_that_was_killed_before_it_had_marked_its_folder_can_go_on(model_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "run.tmp").write_text('{"finger')
+    assert quantize(model_directory, tmp_path / "out", "--resume").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_disk_that_fills_up_while_calibrating(
     model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,7 +145,21 @@ def test_methods_may_have_options():
     assert read_method("rtn", 7) == Rtn()
     assert read_method("abq", 7) == Abq(epochs=7)
     assert read_method("abq:dlc=False:epochs=2", 7) == Abq(dlc=False, epochs=2)
-    for label, message in (("abq:dlc", "'dlc' is not OPTION=VALUE"), ("abq:x=1", "'x'"), ("magic", "'magic'")):
+    assert read_method("abq:alphas=(0.5,)", 7) == Abq(alphas=(0.5,), epochs=7)
+    assert read_method("abq:lr_rounding=2", 7) == Abq(lr_rounding=2, epochs=7)
+    for label, message in (
+        ("abq:dlc", "'dlc' is not OPTION=VALUE"),
+        ("abq:x=1", "'x'"),
+        ("magic", "'magic'"),
+        ("abq:epochs=1:epochs=2", "epochs is given twice"),
+        ("abq:epochs=2.5", r"epochs is 2.5, expected a value like 20"),
+        ("abq:rounding=0", "rounding is 0, expected a value like True"),
+        ("abq:lr_balance=-1", "lr_balance is -1, expected a finite number"),
+        ("abq:lr_rounding=1e999", "lr_rounding is inf"),
+        ("abq:alphas=3", "alphas is 3"),
+        ("abq:alphas=(0.5,'x')", "alphas is"),
+        ("gptq:act_order='no'", "act_order is 'no'"),
+    ):
         with pytest.raises(AbqError, match=message):
             read_method(label, 7)
 

@@ -9,6 +9,7 @@ from abq_llm.data import TokenSet
 from abq_llm.errors import AbqError
 from abq_llm.evaluation import Evaluation, comparison, evaluate
 from abq_llm.evaluation.comparison import Cell, Setup, accuracy, compute, file_of, hash_model, over_seeds, read
+from abq_llm.locks import locked
 from abq_llm.methods import method_by_name
 from abq_llm.models import load_model
 from abq_llm.quantize import quantize
@@ -154,6 +155,19 @@ def test_an_interrupted_cell_goes_on_with_the_block_that_is_missing(setup, tmp_p
     straight = read(file_of(tmp_path / "straight", cell, setup))
     assert (record["perplexity"], record["kl"]) == (straight["perplexity"], straight["kl"])
     assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+def test_a_cell_that_another_process_computes_is_left_to_it(setup, tmp_path):
+    cell = a_cell()
+    with locked(file_of(tmp_path, cell, setup).with_suffix(".partial")):
+        assert "another process is at work" in compute(cell, setup, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_cannot_be_written_fails_its_cell_only(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "_measure", lambda *_: {"seconds": float("nan")})
+    assert compute(a_cell(), setup, tmp_path).startswith("ValueError: Out of range float values")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_infinite_perplexity_is_null(setup, tmp_path, monkeypatch):

@@ -54,6 +54,15 @@ def test_a_process_that_dies_costs_its_cell_only(setup, tmp_path):  # noqa: F811
     assert errors == {"W4A16": "its process has died, of memory perhaps: try fewer --jobs", "W4A8": None, "W3A8": None}
 
 
+def die():
+    os._exit(1)
+
+
+def test_a_process_that_dies_before_it_has_a_cell_costs_no_more(setup, tmp_path):  # noqa: F811
+    results = list(compute_all([(rtn("W4A16"), setup), (rtn("W4A8"), setup)], tmp_path, CPUS[:1], 1, die))
+    assert [error for _, error in results] == ["its process has died, of memory perhaps: try fewer --jobs"] * 2
+
+
 def test_each_device_has_its_processes(setup, tmp_path, monkeypatch):  # noqa: F811
     started = []
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from abq_llm.architectures.table import NormPair
-from abq_llm.calibration.experts import all_experts_shown_all
+from abq_llm.calibration.experts import experts_shown_all
 from abq_llm.calibration.moments import linears_by_input, moments
 from abq_llm.calibration.transforms import block_parameters
 from abq_llm.errors import AbqError
@@ -309,7 +309,7 @@ def test_the_corrected_weight_is_the_least_squares_solution():
     torch.testing.assert_close(half, (W + whole) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_dead_channels_are_left_out_of_the_correction():
+def test_the_correction_leaves_dead_channels_as_they_are():
     W, X, _ = problem()
     X[3] = 0
     X_fp = X + torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
@@ -331,7 +331,7 @@ def test_moments_pair_the_streams_token_by_token(variant):
     seen = []
     linear = task.linears[name]
     handle = linear.register_forward_hook(lambda module, args, _: seen.append(args[0].flatten(0, -2).double().T))
-    with all_experts_shown_all(task):
+    with experts_shown_all(task, range(4)):
         task.forward(task.quantized_stream, quantized=True)
         task.forward(task.fp_stream, original, quantized=False)
     handle.remove()

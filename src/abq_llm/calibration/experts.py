@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,22 +32,20 @@ def rare_experts_shown_all(task: BlockTask) -> Iterator[None]:
         task.report(
             f"block {task.index}: few of the {tokens} tokens reach experts {listing}: they are shown all tokens", None
         )
-    experts.shown_all = frozenset(rare)
-    try:
+    with experts_shown_all(task, rare):
         yield
-    finally:
-        del experts.shown_all
 
 
 @contextmanager
-def all_experts_shown_all(task: BlockTask) -> Iterator[None]:
-    """Within, every expert of the block, if it has any, runs on every token; what the block computes stays the same."""
+def experts_shown_all(task: BlockTask, which: Iterable[int]) -> Iterator[None]:
+    """Within, these experts of the block, if it has any, and no others run on every token; what it computes stays the
+    same.
+    """
     experts = task.experts
     if experts is None:
         yield
         return
-    before = experts.shown_all
-    experts.shown_all = frozenset(range(len(experts)))
+    before, experts.shown_all = experts.shown_all, frozenset(which)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from abq_llm.calibration.block import BlockTask
+from abq_llm.calibration.experts import experts_shown_all
 from abq_llm.calibration.reconstruct import Batch, Group, reconstruct
 
 
@@ -50,20 +51,21 @@ def fit(
     """Train the tensors of `groups` by `reconstruct`, where the arguments are explained; the held-out loss that is left
     becomes the block's.
     """
-    outcome = reconstruct(
-        groups,
-        fetch,
-        loss,
-        training=samples.training,
-        held_out=samples.held_out,
-        batch_size=task.batch_size,
-        epochs=epochs,
-        generator=samples.generator,
-        report=lambda epoch, value: task.report(f"epoch {epoch + 1}/{epochs}", value),
-        before_epoch=before_epoch,
-        decay=decay,
-        graphs=task.experts is None,
-    )
+    with experts_shown_all(task, ()):  # what they make of tokens that are not theirs has no part in the loss
+        outcome = reconstruct(
+            groups,
+            fetch,
+            loss,
+            training=samples.training,
+            held_out=samples.held_out,
+            batch_size=task.batch_size,
+            epochs=epochs,
+            generator=samples.generator,
+            report=lambda epoch, value: task.report(f"epoch {epoch + 1}/{epochs}", value),
+            before_epoch=before_epoch,
+            decay=decay,
+            graphs=task.experts is None,
+        )
     task.block_loss = outcome.after
     if outcome.diverged:
         task.report(

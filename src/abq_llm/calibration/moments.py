@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from abq_llm.calibration.block import BlockTask
-from abq_llm.calibration.experts import all_experts_shown_all
+from abq_llm.calibration.experts import experts_shown_all
 from abq_llm.calibration.transforms import Parameters
 from abq_llm.errors import AbqError
 
@@ -80,7 +80,7 @@ def moments(task: BlockTask, linear: nn.Linear, original: Parameters | None = No
     D = None if original is None else torch.zeros_like(H)
     handle = linear.register_forward_hook(see)
     try:
-        with all_experts_shown_all(task) if original else nullcontext():
+        with experts_shown_all(task, range(len(task.experts or ()))) if original else nullcontext():
             for part in task.batches(task.quantized_stream):
                 X = inputs(task.quantized_stream[part], None, quantized=True)
                 if X is None:

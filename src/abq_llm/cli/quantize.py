@@ -57,6 +57,7 @@ def quantize(
     from abq_llm import checkpoint
     from abq_llm.data import calibration_tokens
     from abq_llm.devices import pick_device
+    from abq_llm.locks import locked
     from abq_llm.models import load_model
     from abq_llm.quantize import check_model
     from abq_llm.quantize import quantize as run
@@ -86,22 +87,23 @@ def quantize(
             if done:
                 console.print(f"block {block + 1}/{blocks}" + ("" if loss is None else f"  loss {loss:.4g}"))
 
-        try:
-            report = run(
-                network,
-                parsed,
-                chosen,
-                calibration,
-                device=place,
-                seed=seed,
-                head_bits=head_bits,
-                work_dir=work_dir,
-                progress=progress,
-            )
-        except KeyboardInterrupt as stop:
-            raise AbqError(f"interrupted; {work_dir} has the finished blocks, pass --resume to go on") from stop
-    checkpoint.save(network, output, tokenizer=tokenizer, provenance={"model": model, **report.provenance})
-    shutil.rmtree(work_dir, ignore_errors=True)
+        with locked(work_dir):
+            try:
+                report = run(
+                    network,
+                    parsed,
+                    chosen,
+                    calibration,
+                    device=place,
+                    seed=seed,
+                    head_bits=head_bits,
+                    work_dir=work_dir,
+                    progress=progress,
+                )
+            except KeyboardInterrupt as stop:
+                raise AbqError(f"interrupted; {work_dir} has the finished blocks, pass --resume to go on") from stop
+            checkpoint.save(network, output, tokenizer=tokenizer, provenance={"model": model, **report.provenance})
+            shutil.rmtree(work_dir, ignore_errors=True)
 
     size = checkpoint.packed_size(output).size_bytes
     table = Table(title=str(output))

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 import statistics
 import time
@@ -30,6 +29,7 @@ from abq_llm.data import TokenSet
 from abq_llm.devices import device_name
 from abq_llm.errors import AbqError
 from abq_llm.evaluation.perplexity import evaluate
+from abq_llm.locks import locked
 from abq_llm.methods import Method
 from abq_llm.models import load_model
 from abq_llm.quantize import hash_weights, quantize
@@ -163,17 +163,27 @@ def compute(cell: Cell, setup: Setup, directory: Path, note: Callable[[str], Non
         None, or in one line why it failed; then nothing is written.
     """
     file = file_of(directory, cell, setup)
+    work = file.with_suffix(".partial")  # finished blocks, then the checkpoint
     try:
-        record = _measure(cell, setup, file, note)
+        with locked(work):
+            if not file.exists():
+                _write(file, _measure(cell, setup, work, note))
+            shutil.rmtree(work, ignore_errors=True)
     except Exception as error:  # one bad cell, out of memory perhaps, must not cost the table
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(file)
     return None
 
 
-def _measure(cell: Cell, setup: Setup, file: Path, note: Callable[[str], None]) -> Record:
+def _write(file: Path, record: Record) -> None:
+    aside = file.with_suffix(".tmp")
+    try:
+        aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _measure(cell: Cell, setup: Setup, work: Path, note: Callable[[str], None]) -> Record:
     base, tokenizer = open_base(setup.model)
     reference = _reference(setup.model, setup.device)
     if cell.method is None:
@@ -185,8 +195,7 @@ def _measure(cell: Cell, setup: Setup, file: Path, note: Callable[[str], None]) 
 
     network = copy.deepcopy(base)
     reference.to("cpu")  # type: ignore[arg-type]  # its memory is not the method's
-    work = file.with_suffix(".partial")  # finished blocks, then the checkpoint
-    resumed = work.exists()
+    resumed = any(work.iterdir())
 
     def progress(block: int, blocks: int, loss: float | None, message: str) -> None:
         note(f"block {block + 1}/{blocks} {message}")
@@ -211,9 +220,7 @@ def _measure(cell: Cell, setup: Setup, file: Path, note: Callable[[str], None]) 
     packed = {"bits_per_weight": report.bits_per_weight, "size_bytes": size}
     packed |= {"seconds": None if resumed else report.seconds, "peak_memory_bytes": report.peak_memory_bytes}
     reference.to(setup.device)  # type: ignore[arg-type]
-    record = _record(cell, setup, packed, _figures(loaded, reference, tokenizer, setup, note))
-    shutil.rmtree(work, ignore_errors=True)
-    return record
+    return _record(cell, setup, packed, _figures(loaded, reference, tokenizer, setup, note))
 
 
 def _figures(

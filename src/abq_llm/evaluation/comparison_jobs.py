@@ -78,7 +78,7 @@ def compute_all(
                 process, device, job = workers.pop(ours)
                 try:
                     error = ours.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):  # the latter if it had not read its job
                     error = "its process has died, of memory perhaps: try fewer --jobs"
                 yield job, error
                 if error is None and waiting:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import math
+from dataclasses import fields
 from typing import ClassVar, Protocol
 
 from abq_llm.calibration.block import BlockTask
@@ -36,24 +38,38 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_by_name(label: str, **options: object) -> Method:
-    """A method by its name, with options as keywords or after colons, as in "abq:rounding=False:epochs=5"; those it
-    does not have are refused.
+    """A method by its name, with options as keywords or after colons, as in "abq:rounding=False:epochs=5".
 
     Raises:
-        AbqError: no such method or option, or what follows a colon is not OPTION=VALUE.
+        AbqError: no such method or option, or a value that the option cannot have.
     """
     name, *parts = label.split(":")
     if name not in METHODS:
         raise AbqError(f"unknown method {name!r}; this version has {', '.join(METHODS)}")
+    for part in parts:
+        key, _, text = part.partition("=")
+        if key in options:
+            raise AbqError(f"method {label!r}: {key} is given twice")
+        try:
+            options[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            raise AbqError(f"method {label!r}: {part!r} is not OPTION=VALUE, for example epochs=5") from None
+    for option in fields(METHODS[name]):  # type: ignore[arg-type]
+        value = options.get(option.name, option.default)
+        if not _is_like(value, option.default):
+            raise AbqError(f"method {label!r}: {option.name} is {value!r}, expected a value like {option.default!r}")
     try:
-        return METHODS[name](**dict(_option(label, part) for part in parts), **options)
+        method = METHODS[name](**options)
     except TypeError as error:
         raise AbqError(f"method {label!r}: {error}") from None
+    for key, value in vars(method).items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise AbqError(f"method {label!r}: {key} is {value!r}, expected a finite number >= 0")
+    return method
 
 
-def _option(label: str, text: str) -> tuple[str, object]:
-    key, _, value = text.partition("=")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        raise AbqError(f"method {label!r}: {text!r} is not OPTION=VALUE, for example epochs=5") from None
+def _is_like(value: object, default: object) -> bool:
+    """Whether an option with this default can be of the value's type; a float can be an int."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(_is_like(each, default[0]) for each in value)
+    return type(value) is type(default) or (type(value), type(default)) == (int, float)

@@ -66,7 +66,7 @@ class Gptq:
             H, D = moments(task, linears[0], original)
             try:
                 if D is not None:
-                    W = corrected(W, H, D, self)
+                    W = corrected(W, H, D, self, _reporter(task, where))
                 Q, grid = round_columns(W, H, task.scheme, self, task.scale_dtype, _reporter(task, where))
             except AbqError as error:
                 raise AbqError(f"{where}: {error}") from None
@@ -81,9 +81,11 @@ class Gptq:
 
 
 @torch.no_grad()
-def corrected(W: Tensor, H: Tensor, D: Tensor, options: Gptq) -> Tensor:
-    """W [N, K] -> W + correction W D H^-1, fp32, with H damped; a dead column gets nothing and gives nothing."""
-    U = inverse_factor(H, options.damp)
+def corrected(
+    W: Tensor, H: Tensor, D: Tensor, options: Gptq, report: Callable[[str], None] = lambda message: None
+) -> Tensor:
+    """W [N, K] -> W + correction W D H^-1, fp32, with H damped. A column that is dead in X stays as it is."""
+    U = inverse_factor(H, options.damp, report)
     return (W.double() + options.correction * (W.double() @ D @ U.T @ U)).float()
 
 
