@@ -11,7 +11,7 @@ import abq_llm
 PACKAGE = Path(abq_llm.__file__).parent
 
 LAYERS = (
-    {"errors", "version", "devices", "scheme", "quantizers", "packing"},  # torch only
+    {"errors", "version", "devices", "locks", "scheme", "quantizers", "packing"},  # torch only
     {"kernels", "architectures"},
     {"linear", "head", "attention", "calibration", "modules", "integer_only"},
     {"methods"},  # never kernels
