@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -54,23 +54,22 @@ def moments(task: BlockTask, linear: nn.Linear, original: Parameters | None = No
     """H = 2 X X^T and D = 2 (X_fp - X) X^T, float64 [K, K]; D only with the parameters of the `original` block.
 
     X is the input of `linear` on the quantized stream, quantized as in the scheme, X_fp that of the original block on
-    the fp stream. So that both are of the same tokens, experts are shown all of them. Products of one batch are fp32,
-    their sum is float64. A pass ends where it reaches `linear`.
+    the fp stream; then experts are shown all tokens, so that both are of the same. Products of one batch are fp32, their
+    sum is float64. A pass ends where it reaches `linear`.
     """
 
     class Reached(Exception):
         pass
 
-    def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # args: what the pre-hooks made of it
-        raise Reached(args[0].float().reshape(-1, linear.in_features).T)
+    seen: list[Tensor] = []
 
-    def inputs(stream: Tensor, parameters: Parameters | None, *, quantized: bool) -> Tensor | None:
-        try:
+    def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # args: what the pre-hooks made of it
+        seen.append(args[0].float().reshape(-1, linear.in_features).T)
+        raise Reached
+
+    def run(stream: Tensor, parameters: Parameters | None, *, quantized: bool) -> None:
+        with suppress(Reached):
             task.forward(stream.to(task.device), parameters, quantized=quantized)
-        except Reached as reached:
-            x: Tensor = reached.args[0]
-            return x
-        return None
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(task.device.type, enabled=False):
@@ -82,14 +81,14 @@ def moments(task: BlockTask, linear: nn.Linear, original: Parameters | None = No
     try:
         with experts_shown_all(task, range(len(task.experts or ()))) if original else nullcontext():
             for part in task.batches(task.quantized_stream):
-                X = inputs(task.quantized_stream[part], None, quantized=True)
-                if X is None:
-                    continue
-                H.add_(product(X, X), alpha=2)
+                run(task.quantized_stream[part], None, quantized=True)
+                if original:
+                    run(task.fp_stream[part], original, quantized=False)
+                if seen:  # an expert need not run
+                    H.add_(product(seen[0], seen[0]), alpha=2)
                 if D is not None:
-                    X_fp = inputs(task.fp_stream[part], original, quantized=False)
-                    assert X_fp is not None
-                    D.add_(product(X_fp - X, X), alpha=2)
+                    D.add_(product(seen[1] - seen[0], seen[0]), alpha=2)
+                seen.clear()
     finally:
         handle.remove()
     return H, D
