@@ -54,8 +54,8 @@ def moments(task: BlockTask, linear: nn.Linear, original: Parameters | None = No
     """H = 2 X X^T and D = 2 (X_fp - X) X^T, float64 [K, K]; D only with the parameters of the `original` block.
 
     X is the input of `linear` on the quantized stream, quantized as in the scheme, X_fp that of the original block on
-    the fp stream; then experts are shown all tokens, so that both are of the same. Products of one batch are fp32, their
-    sum is float64. A pass ends where it reaches `linear`.
+    the fp stream; then experts are shown all tokens, so that both are of the same. Products of one batch are fp32,
+    their sum is float64. A pass ends where it reaches `linear`.
     """
 
     class Reached(Exception):
