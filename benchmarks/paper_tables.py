@@ -24,6 +24,8 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+from tables import short
+
 from abq_llm import kernels
 from abq_llm.cli.common import commit_of_code, read_method
 from abq_llm.cli.compare import compute_missing
@@ -213,7 +215,7 @@ def perplexity_tables(rows: list[Record], schemes: tuple[str, ...]) -> list[str]
             for row in rows
         }
         cells = {
-            key: (-value["mean"] if value else None, f"{shown} ({_short(kl['mean'])})" if value else shown)
+            key: (-value["mean"] if value else None, f"{shown} ({short(kl['mean'])})" if value else shown)
             for key, (value, shown, kl) in lines.items()
             if key[1] != UNQUANTIZED
         }
@@ -264,7 +266,7 @@ def _spread(value: dict | None) -> str:
     if value is None:
         return "infinite"
     mean, std = value["mean"], value["std"]
-    return _short(mean) + ("" if std is None else f" ± {_short(std, mean)}")
+    return short(mean) + ("" if std is None else f" ± {short(std, mean)}")
 
 
 def _percent(value: dict | None) -> Shown:
@@ -272,14 +274,6 @@ def _percent(value: dict | None) -> Shown:
         return None, MISSING
     shown = f"{100 * value['mean']:.1f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.1f}")
     return value["mean"], shown
-
-
-def _short(x: float, like: float | None = None) -> str:
-    """`x` to as many places as a figure of the size of `like`, or of its own, deserves."""
-    size = x if like is None else like
-    if size >= 100_000:
-        return f"{x / 1e6:.2f}M"
-    return f"{x:,.0f}" if size >= 1000 else f"{x:.1f}" if size >= 100 else f"{x:.2f}" if size >= 0.1 else f"{x:.4f}"
 
 
 def put_between_marks(doc: Path, name: str, text: str) -> None:

@@ -29,8 +29,8 @@ def accuracy(record: dict) -> None:
         cells = [scheme, f"{rows[0]['bits_per_weight']:.2f}"]
         for text in texts:
             rtn = runs[f"{scheme}:rtn"][0][text]
-            cells.append(f"{_short(rtn['perplexity'])} (KL {_short(rtn['kl'])})")
-            cells.append(f"{_spread(rows, text, 'perplexity')} (KL {_short(_mean(rows, text, 'kl'))})")
+            cells.append(f"{short(rtn['perplexity'])} (KL {short(rtn['kl'])})")
+            cells.append(f"{_spread(rows, text, 'perplexity')} (KL {short(_mean(rows, text, 'kl'))})")
         print("| " + " | ".join(cells) + " |")
 
 
@@ -44,7 +44,7 @@ def ablation(record: dict) -> None:
         cells = [scheme, ", ".join(options).replace("=False", "") or "-"]
         for text in texts:
             kl, agreement = _mean(rows, text, "kl"), _mean(rows, text, "top1_agreement")
-            cells += [_spread(rows, text, "perplexity"), _short(kl), f"{agreement:.3f}"]
+            cells += [_spread(rows, text, "perplexity"), short(kl), f"{agreement:.3f}"]
         print("| " + " | ".join(cells) + " |")
 
 
@@ -59,10 +59,10 @@ def integer(record: dict) -> None:
                 cells = [
                     row["row"].replace(":", " "),
                     mode,
-                    _short(figures["perplexity"]),
-                    "" if kl is None else _short(kl),
+                    short(figures["perplexity"]),
+                    "" if kl is None else short(kl),
                 ]
-                cells += ["", ""] if mode == "normal" else [_short(own["kl"]), f"{own['top1_agreement']:.3f}"]
+                cells += ["", ""] if mode == "normal" else [short(own["kl"]), f"{own['top1_agreement']:.3f}"]
                 print("| " + " | ".join(cells) + " |")
 
 
@@ -82,7 +82,7 @@ def rivals(record: dict) -> None:
     print("|---|---|" + "---|" * len(texts))
     best_first = sorted(runs.items(), key=lambda each: _mean(each[1], texts[0], "perplexity"))
     for (scheme, system), rows in sorted(best_first, key=lambda each: each[0][0], reverse=True):
-        cells = [f"{_spread(rows, text, 'perplexity')} ({_short(_mean(rows, text, 'kl'))})" for text in texts]
+        cells = [f"{_spread(rows, text, 'perplexity')} ({short(_mean(rows, text, 'kl'))})" for text in texts]
         print("| " + " | ".join([scheme, system, *cells]) + " |")
 
 
@@ -98,7 +98,7 @@ def field(record: dict) -> None:
     unquantized = runs.pop(("W16A16", "fp"))[0]
     print("| | bits/weight | " + " | ".join(f"{text}: rtn | best other | abq" for text in texts) + " |")
     print("|---|---|" + "---|---|---|" * len(texts))
-    print("| fp16 | 16 | " + " | ".join(f"| | {_short(unquantized[text]['perplexity'])}" for text in texts) + " |")
+    print("| fp16 | 16 | " + " | ".join(f"| | {short(unquantized[text]['perplexity'])}" for text in texts) + " |")
     for scheme in dict.fromkeys(scheme for scheme, _ in runs):
         others = [name for s, name in runs if s == scheme and name.split(":")[0] not in ("rtn", "abq")]
         cells = [scheme, f"{runs[scheme, 'abq'][0]['bits']:.2f}"]
@@ -126,12 +126,14 @@ def _spread(rows: list[dict], text: str, figure: str) -> str:
     """Mean ± standard deviation; the figure itself if there is one seed."""
     values = [row[text][figure] for row in rows]
     mean = statistics.mean(values)
-    return _short(mean) + (f" ± {_short(statistics.stdev(values), mean)}" if len(values) > 1 else "")
+    return short(mean) + (f" ± {short(statistics.stdev(values), mean)}" if len(values) > 1 else "")
 
 
-def _short(x: float, like: float | None = None) -> str:
-    """`x` to as many places as a figure of the size of `like`, or of its own, deserves."""
+def short(x: float, like: float | None = None) -> str:
+    """`x` to as many places as a figure of the size of `like`, or of its own, deserves; M is a million."""
     size = x if like is None else like
+    if size >= 100_000:
+        return f"{x / 1e6:.2f}M"
     return f"{x:,.0f}" if size >= 1000 else f"{x:.1f}" if size >= 100 else f"{x:.2f}" if size >= 0.1 else f"{x:.4f}"
 
 
